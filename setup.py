@@ -1,0 +1,33 @@
+"Packaging: every fact comes from settings.ini, the one place where nbdev keeps it."
+import shlex
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=['='])
+parser.read(here/'settings.ini', encoding='utf-8')
+cfg = parser['DEFAULT']
+readme = here/'README.md'
+
+setup(
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
+    long_description_content_type='text/markdown',
+    author=cfg['author'],
+    author_email=cfg['author_email'],
+    license=cfg['license'],
+    keywords=cfg['keywords'].split(),
+    url=cfg['git_url'],
+    project_urls={'Documentation': cfg['doc_host'] + cfg['doc_baseurl']},
+    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
+    python_requires='>=' + cfg['min_python'],
+    install_requires=shlex.split(cfg['requirements']),
+    extras_require={'dev': shlex.split(cfg['dev_requirements'])},
+    entry_points={'console_scripts': shlex.split(cfg['console_scripts']),
+                  'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    zip_safe=False,
+)
