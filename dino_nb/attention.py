@@ -71,7 +71,7 @@ def best_head_jaccard(masks: torch.Tensor,  # (B, heads, h, w) bool, from mass_m
     masks = F.interpolate(masks.float(), size=targets.shape[-2:], mode='nearest').bool()
     return jaccard(masks, targets[:, None]).amax(1)
 
-# %% ../nbs/33_attention.ipynb #552e569b
+# %% ../nbs/33_attention.ipynb #04b25a9e
 def show_attention(images: torch.Tensor, # (n, 3, H, W) uint8 or normalized
                    maps: torch.Tensor,   # (n, heads, h, w) from attention_maps
                    mass: float = 0.6,    # share of the attention that the mask keeps, in (0, 1]
@@ -82,8 +82,9 @@ def show_attention(images: torch.Tensor, # (n, 3, H, W) uint8 or normalized
     masks = mass_mask(maps.mean(1, keepdim=True), mass).float()
     masks = F.interpolate(masks, size=images.shape[-2:], mode='nearest')[:, 0]
     titles = ['image', 'mean', f'{mass:.0%} of it', *(f'head {i}' for i in range(maps.shape[1]))]
+    height = size * images.shape[-2] / images.shape[-1]
     fig, axes = plt.subplots(len(images), len(titles), squeeze=False, layout='constrained',
-                             figsize=(size * len(titles), size * len(images) + 0.2))
+                             figsize=(size * len(titles), height * len(images) + 0.2))
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=8)
     for row, image, heads, mask in zip(axes, images, maps, masks):
         picture, seen = to_display(image), mask[..., None].numpy()

@@ -37,8 +37,8 @@ def _center_view(images, size, crop_ratio):
 
 def _normalized(views): return normalize(views.float() / 255)
 
-# %% ../nbs/30_features.ipynb #e41bb758
-def eval_views(images: torch.Tensor | Sequence[torch.Tensor], # uint8 (B, 3, H, W), or B of any sizes
+# %% ../nbs/30_features.ipynb #17b6ea26
+def eval_views(images: torch.Tensor | Sequence[torch.Tensor], # uint8 (B, 3, H, W), or any sizes
                size: int | tuple[int, int], # side or (height, width) of the views, pixels
                crop_ratio: float = 0.875    # share of the resized image's side that is kept, (0, 1]
               ) -> torch.Tensor:            # (B, 3, h, w) float32, normalised

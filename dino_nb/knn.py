@@ -19,12 +19,12 @@ from .core import check_choice, check_range
 from .data import BadFiles, ImageSource
 from .features import extract_features, raw_pixel_features
 
-# %% ../nbs/31_knn.ipynb #4f6dcf17
+# %% ../nbs/31_knn.ipynb #d4cbcc26
 def class_scores(similarities: torch.Tensor, # (n, k) cosines, largest first
-                 labels: torch.Tensor,       # (n, k) int64 labels of the neighbours, below n_classes
+                 labels: torch.Tensor,       # (n, k) int64, the neighbours' labels, below n_classes
                  n_classes: int,             # number of classes, C
-                 temperature: float = 0.07   # of the weights, above 0; small: only the nearest count
-                ) -> torch.Tensor:           # (n, C) scores; a neighbour as near as the first adds 1
+                 temperature: float = 0.07   # of the weights, above 0; small: the nearest decides
+                ) -> torch.Tensor:           # (n, C) scores; the nearest neighbour adds 1
     "Return each class's sum of weighted votes (DINO section 3.2)."
     weights = ((similarities - similarities[:, :1]) / temperature).exp()
     scores = weights.new_zeros(len(weights), n_classes)
@@ -78,7 +78,7 @@ def knn_search(train: torch.Tensor,  # (N, D) features to search in; need not ha
     search = _search_faiss if backend == 'faiss' else _search_torch
     return search(train, test, min(k, len(train)))
 
-# %% ../nbs/31_knn.ipynb #db4ce3f6
+# %% ../nbs/31_knn.ipynb #79eba2b5
 class Accuracy(NamedTuple):
     "Shares of the test images, in [0, 1]."
     top1: float # the right class won
@@ -88,7 +88,8 @@ def _vote(similarities, labels, right, n_classes, temperature):
     "Accuracy of one vote, counted in slices that stay in the cache."
     size = max(1, 2**19 // n_classes)
     parts = zip(similarities.split(size), labels.split(size), right.split(size))
-    ranks = torch.cat([class_rank(class_scores(s, l, n_classes, temperature), r) for s, l, r in parts])
+    ranks = torch.cat([class_rank(class_scores(s, l, n_classes, temperature), r)
+                       for s, l, r in parts])
     return Accuracy(*((ranks < top).double().mean().item() for top in (1, 5)))
 
 # %% ../nbs/31_knn.ipynb #031f1cf1
@@ -99,7 +100,7 @@ def _label_vector(labels, features, name):
     raise ValueError(f'{name}_labels has shape {tuple(labels.shape)} and type {labels.dtype}; '
                      f'it must hold one integer for each of the {len(features)} images.')
 
-# %% ../nbs/31_knn.ipynb #eddf7fec
+# %% ../nbs/31_knn.ipynb #69c0467d
 def knn_accuracy(train_features: torch.Tensor, # (N, D), any length per row
                  train_labels: torch.Tensor,   # (N,) any integers
                  test_features: torch.Tensor,  # (n, D), on the same device
@@ -116,7 +117,8 @@ def knn_accuracy(train_features: torch.Tensor, # (N, D), any length per row
     similarities, rows = knn_search(train_features, test_features, max(ks), backend)
     classes, ids = torch.cat([known, hidden]).unique(return_inverse=True)
     votes, right = ids[:len(known)][rows], ids[len(known):]
-    return {k: _vote(similarities[:, :k], votes[:, :k], right, len(classes), temperature) for k in ks}
+    return {k: _vote(similarities[:, :k], votes[:, :k], right, len(classes), temperature)
+            for k in ks}
 
 # %% ../nbs/31_knn.ipynb #f6376a4a
 def _evaluate(extract, bank, test, ks, temperature):

@@ -6,7 +6,7 @@
 __all__ = ['build_student', 'run_schedules', 'memory_views', 'file_views', 'train_step', 'Learner', 'format_row', 'read_log',
            'write_log', 'plot_curves']
 
-# %% ../nbs/23_learner.ipynb #8f18d8f2
+# %% ../nbs/23_learner.ipynb #8606eeee
 import inspect
 import json
 import math
@@ -25,9 +25,9 @@ from .augment import crop_views_batched, sample_views
 from .backbone import create_backbone, set_fused_attention
 from .checkpoint import save_checkpoint
 from .collapse import CollapseDoctor, collapse_stats
-from .core import autocast, default_dtype, generator, set_seed
+from .core import autocast, default_dtype, default_of, generator, set_seed
 from .data import BadFiles, ImageSource
-from .dist import StepSampler, World, all_mean
+from .dist import StepSampler, World, all_mean, gather_list
 from .head import DINOHead
 from .loss import DINOLoss
 from .multicrop import MultiCropWrapper
@@ -86,7 +86,7 @@ def file_views(source: ImageSource,  # images in files
                         pin_memory=device.type == 'cuda')
     for batch in loader: yield to_views(batch, device), batch.bad
 
-# %% ../nbs/23_learner.ipynb #7c613dba
+# %% ../nbs/23_learner.ipynb #73e2b398
 def train_step(run: 'Learner',            # models, loss, optimizer and schedules
                views: list[torch.Tensor], # global crops (2B, 3, H, W), local crops (L·B, 3, h, w)
                measure: bool = False      # also compute the numbers for the log
@@ -108,14 +108,14 @@ def train_step(run: 'Learner',            # models, loss, optimizer and schedule
     run.optimizer.step()
 
     measured = {}
-    if measure: measured = collapse_stats(student_logits, teacher_logits, run.loss_fn,
-                                          now['teacher_temp'])
+    if measure: measured = collapse_stats(student_logits.detach(), teacher_logits, run.loss_fn,
+                                          now['teacher_temp'], reduce=all_mean)
     run.loss_fn.update_center(teacher_logits, reduce=all_mean)
     run.teacher_rule.update(run.teacher, run.student, now['teacher_momentum'], run.step,
                             run.steps_per_epoch)
     return measured
 
-# %% ../nbs/23_learner.ipynb #bb0815a9
+# %% ../nbs/23_learner.ipynb #93b27fea
 class Learner:
     "A run of DINO: models, loss, optimizer, schedules and the step it has reached."
     def __init__(self,
@@ -140,7 +140,10 @@ class Learner:
                                    epochs=config.epochs)
         self.steps_per_epoch, self.n_steps = self.sampler.steps_per_epoch, self.sampler.n_steps
         self.schedules = run_schedules(config, self.steps_per_epoch)
-        self.doctor = CollapseDoctor()
+        warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
+        self.doctor = CollapseDoctor(warmup_steps=max(default_of(CollapseDoctor, 'warmup_steps'),
+                                                      warmup_steps))
+        self.verdict = None
 
     def _distribute(self, network):
         "Average gradients over processes, where there are several."
@@ -187,19 +190,22 @@ def load_state(self: Learner, state: dict): # as `state` returns it
     self.bad_files.load_state_dict(state['bad_files'])
     self.step, self.seconds = state['step'], state['seconds']
 
-# %% ../nbs/23_learner.ipynb #ee09a85e
+# %% ../nbs/23_learner.ipynb #2e4a6e35
 @patch
-def _row(self: Learner, measured: dict, seconds: float, waited: float) -> dict:
-    "The log's row after the current step; numbers are means over all processes."
-    means = {name: all_mean(value).item() for name, value in measured.items()}
-    if not math.isfinite(means['loss']):
-        raise FloatingPointError(f'The loss is {means["loss"]} at step {self.step}. The last '
-                                 'checkpoint is from before; lower lr, or use float32.')
-    row = dict(step=self.step, epoch=round(self.epoch, 4), **means,
+def _row(self: Learner, measured: dict, clock: '_Clock') -> dict:
+    "The log's row after the current step, and the time since the last one."
+    numbers = {name: value.item() for name, value in measured.items()}
+    if not math.isfinite(numbers['loss']):
+        raise FloatingPointError(f'the loss is {numbers["loss"]} at step {self.step}; the last '
+                                 'checkpoint is from before. Lower lr, or use float32.')
+    seconds = time.time() - clock.begin
+    self.seconds += seconds
+    row = dict(step=self.step, epoch=round(self.epoch, 4), **numbers,
                **self.schedules.at(self.step - 1),
-               images_per_second=round(self.config.batch_size / seconds, 1),
-               waiting=round(waited / seconds, 3))
-    return row | dict(verdict=self.doctor.update(row).state)
+               images_per_second=round(self.config.batch_size * clock.steps / seconds, 1),
+               waiting=round(clock.waited / seconds, 3))
+    self.verdict = self.doctor.update(row)
+    return row | dict(verdict=self.verdict.state)
 
 # %% ../nbs/23_learner.ipynb #39d9855f
 def format_row(row: dict,          # one row of the log
@@ -235,7 +241,7 @@ class _Clock:
             self.steps += 1
             yield item
 
-# %% ../nbs/23_learner.ipynb #98bcb315
+# %% ../nbs/23_learner.ipynb #421922b7
 def read_log(path: Path,                # a run's log.jsonl
              up_to: float = float('inf') # last step wanted
             ) -> list[dict]:            # its rows
@@ -246,13 +252,14 @@ def read_log(path: Path,                # a run's log.jsonl
         except json.JSONDecodeError: continue
     return [row for row in rows if row['step'] <= up_to]
 
-def write_log(path: Path,      # a run's log.jsonl
-              rows: list[dict] # what it shall hold
+def write_log(path: Path,       # a run's log.jsonl
+              rows: list[dict], # what to write
+              mode: str = 'w'   # w: anew; a: at the end
              ):
-    "Write a log anew."
-    Path(path).write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    "Write rows to a log, one line each."
+    with Path(path).open(mode) as file: file.writelines(json.dumps(row) + '\n' for row in rows)
 
-# %% ../nbs/23_learner.ipynb #6436286d
+# %% ../nbs/23_learner.ipynb #39cf9b04
 @patch
 def fit(self: Learner,
         folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
@@ -260,30 +267,35 @@ def fit(self: Learner,
         report=print                # called with every line of progress
        ) -> list[dict]:             # the rows of the log
     "Train from the current step to the end."
-    config, clock, saved = self.config, _Clock(), time.time()
-    rows = read_log(folder/'log.jsonl', self.step) if folder else []
-    if folder and self.world.is_main: write_log(folder/'log.jsonl', rows)
-    for row in rows: self.doctor.update(row)
-    for views, bad in clock.watch(self.views()):
-        for index, reason in bad: self.bad_files.record(index, reason)
+    rows, clock, bad, saved = self._open_log(folder), _Clock(), [], time.time()
+    for views, unreadable in clock.watch(self.views()):
+        bad += unreadable
         last, look = self.step + 1 == self.n_steps, self._evaluation_due()
-        measure = last or look or (self.step + 1) % config.log_every == 0
+        measure = last or look or (self.step + 1) % self.config.log_every == 0
         measured = train_step(self, views, measure)
         self.step += 1
         if not measure: continue
-        seconds = time.time() - clock.begin
-        self.seconds += seconds
-        rows.append(self._row(measured, seconds / clock.steps, clock.waited / clock.steps))
+        rows.append(self._row(measured, clock))
+        for index, reason in gather_list(bad): self.bad_files.record(index, reason)
         if look and evaluate: rows[-1] |= evaluate(self)
-        report(format_row(rows[-1], self.n_steps, config.epochs, self._seconds_left()))
+        report(format_row(rows[-1], self.n_steps, self.config.epochs, self._seconds_left()))
+        if len(rows) < 2 or rows[-1]['verdict'] != rows[-2]['verdict']: report(str(self.verdict))
         if folder and self.world.is_main:
-            with (folder/'log.jsonl').open('a') as f: f.write(json.dumps(rows[-1]) + '\n')
-            if last or time.time() - saved > 60 * config.checkpoint_minutes:
+            write_log(folder/'log.jsonl', rows[-1:], 'a')
+            if last or time.time() - saved > 60 * self.config.checkpoint_minutes:
                 save_checkpoint(folder/'checkpoint.pt', self.state()); saved = time.time()
-        clock.lap()
+        bad = []; clock.lap()
     return rows
 
-# %% ../nbs/23_learner.ipynb #777fd65a
+# %% ../nbs/23_learner.ipynb #39913325
+@patch
+def _open_log(self: Learner, folder: Path | None) -> list[dict]:
+    "The rows of a run that goes on, as the log and the doctor now know them."
+    rows = read_log(folder/'log.jsonl', self.step) if folder else []
+    for row in rows: self.verdict = self.doctor.update(row)
+    if folder and self.world.is_main: write_log(folder/'log.jsonl', rows)
+    return rows
+
 @patch
 def _evaluation_due(self: Learner) -> bool:
     "True if an evaluation follows the current step; the end has one of its own."

@@ -14,7 +14,7 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
 
-# %% ../nbs/90_train.ipynb #9106370c
+# %% ../nbs/90_train.ipynb #287d98fe
 import json
 import os
 import platform
@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 
 from . import __version__
@@ -142,21 +143,22 @@ def say(world: World, *words):
     "Print on the first process only, at once."
     if world.is_main: print(*words, flush=True)
 
-# %% ../nbs/90_train.ipynb #291b9927
+# %% ../nbs/90_train.ipynb #20012987
 def draw(run: Learner,      # a finished run
          rows: list[dict],  # its log
          folder: Path,      # where the figures go
          levels: dict       # name -> accuracy, drawn as level lines
         ):
     "Write the figures of a run."
-    config, device = run.config, run.device
-    show_views(run.source, config, config.seed).savefig(folder/'views.png', dpi=100)
-    plot_curves(rows, levels).savefig(folder/'curves.png', dpi=100)
+    def save(figure, name): figure.savefig(folder/name, dpi=100); plt.close(figure)
+    config, source = run.config, run.source
+    indices = [i for i in range(min(6, len(source))) if i not in run.bad_files.reasons]
+    save(show_views(source, config, config.seed, n_images=min(4, len(source))), 'views.png')
+    save(plot_curves(rows, levels), 'curves.png')
     if not hasattr(run.teacher.backbone, 'blocks'): return
-    images = [run.source[i] for i in range(min(6, len(run.source)))]
-    views = torch.cat([eval_views(image[None], config.global_size, config.eval_crop) for image in images])
-    maps = attention_maps(run.teacher.backbone, views.to(device))
-    show_attention(views, maps.cpu()).savefig(folder/'attention.png', dpi=100)
+    views = eval_views([source[i] for i in indices], config.global_size, config.eval_crop)
+    maps = attention_maps(run.teacher.backbone, views.to(run.device))
+    save(show_attention(views, maps.cpu()), 'attention.png')
 
 # %% ../nbs/90_train.ipynb #061d7342
 def summarize(run: Learner,      # a finished run
