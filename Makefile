@@ -37,8 +37,9 @@ $(VENV)/.dev: $(FACTS) | $(VENV)/.made
 	$(PIP) -e '.[dev]'
 	@touch $(VENV)/.installed $@
 
+# A finished run is shown again, an interrupted one goes on; from the start: ARGS=--overwrite
 demo: $(VENV)/.installed
-	$(BIN)/dino_train --out runs/demo --overwrite
+	$(BIN)/dino_train $(ARGS)
 
 .NOTPARALLEL:
 test: test-notebooks test-repository
@@ -48,7 +49,7 @@ test-notebooks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing
 
 test-repository: $(VENV)/.dev
-	$(BIN)/python -m pytest tests --durations=5
+	$(BIN)/python -m pytest tests -n logical --dist loadgroup --durations=5
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/build.py

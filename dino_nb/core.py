@@ -30,7 +30,7 @@ def check_range(name: str,                # the argument's name, as the user typ
     else: allowed = f'between {low} and {high}'
     raise ValueError(f'{name} is {value}; it must be {allowed}.')
 
-# %% ../nbs/00_core.ipynb #c6979403
+# %% ../nbs/00_core.ipynb #d2c1b29c
 def check_choice(name: str,      # the argument's name, as the user typed it
                  value: str,     # what was given
                  choices         # the allowed values
@@ -39,16 +39,18 @@ def check_choice(name: str,      # the argument's name, as the user typed it
     choices = list(choices)
     if value in choices: return value
     near = difflib.get_close_matches(str(value), [str(c) for c in choices], n=3)
-    hint = f'did you mean {" or ".join(near)}?' if near else f'choose from {", ".join(map(str, choices))}.'
+    hint = f'did you mean {" or ".join(near)}?'
+    if not near: hint = f'choose from {", ".join(map(str, choices))}.'
     raise ValueError(f'{name} is {value!r}, which is not known; {hint}')
 
-# %% ../nbs/00_core.ipynb #c616d021
+# %% ../nbs/00_core.ipynb #617d0623
 def default_of(func: callable, # a function or class
                name: str       # one of its parameters
               ) -> object:     # that parameter's default
     "Return the default value of a parameter, so that it is written down only once."
     value = inspect.signature(func).parameters[name].default
-    if value is inspect.Parameter.empty: raise ValueError(f'{name} of {func.__name__} has no default.')
+    if value is inspect.Parameter.empty:
+        raise ValueError(f'{name} of {func.__name__} has no default.')
     return value
 
 # %% ../nbs/00_core.ipynb #651d63b7
@@ -94,8 +96,8 @@ def autocast(device: torch.device, # where the model runs
     if dtype == torch.float32: return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
-# %% ../nbs/00_core.ipynb #991aea77
-def to_display(image: torch.Tensor # (3, H, W) uint8, float in [0, 1] or normalised; (H, W) for a map
+# %% ../nbs/00_core.ipynb #2b1c3a6c
+def to_display(image: torch.Tensor # (3, H, W) uint8 or float; (H, W) for a map
               ) -> np.ndarray:     # (H, W, 3) in [0, 1], or the (H, W) map
     "Return an image as matplotlib wants it; floats outside [0, 1] are stretched to it."
     image = image.detach().cpu()

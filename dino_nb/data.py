@@ -55,8 +55,9 @@ def decode_image(path: str | Path   # an image file of any format that PIL reads
     except Exception as error:  # decoders raise errors of many types
         raise BadImage(str(path), _reason(error)) from error
 
-# %% ../nbs/02_data.ipynb #acdd7723
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm', '.pgm')
+# %% ../nbs/02_data.ipynb #1560ecff
+IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm',
+                    '.pgm')
 
 def _unreadable(error): raise ValueError(f'{error.filename} cannot be listed: {error.strerror}.')
 
@@ -72,7 +73,7 @@ def _list_images(root: Path) -> list[str]:
                   if name[0] != '.' and name.lower().endswith(IMAGE_EXTENSIONS)]
     return sorted(names)
 
-# %% ../nbs/02_data.ipynb #47c3796c
+# %% ../nbs/02_data.ipynb #f487aff3
 def _class_labels(names: list[str], classes: list[str] | None = None):
     "Return (labels, classes) by first-level folder, or (None, None) where there are none."
     folders = [name.partition(os.sep)[0] if os.sep in name else '' for name in names]
@@ -80,7 +81,8 @@ def _class_labels(names: list[str], classes: list[str] | None = None):
     if '' in found or (classes is None and len(found) < 2): return None, None
     numbers = {name: number for number, name in enumerate(classes or found)}
     if unknown := set(found) - numbers.keys():
-        raise ValueError(f'The class folder {min(unknown)} is not among the {len(numbers)} known ones.')
+        raise ValueError(f'The class folder {min(unknown)} is not among the {len(numbers)} '
+                         'known ones.')
     return torch.tensor([numbers[folder] for folder in folders]), list(numbers)
 
 # %% ../nbs/02_data.ipynb #bb205060

@@ -6,13 +6,13 @@
 __all__ = ['build_student', 'run_schedules', 'memory_views', 'file_views', 'train_step', 'Learner', 'format_row', 'read_log',
            'write_log', 'plot_curves']
 
-# %% ../nbs/23_learner.ipynb #8606eeee
+# %% ../nbs/23_learner.ipynb #5f41c32c
 import inspect
 import json
 import math
 import os
 import time
-from itertools import islice
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -207,16 +207,17 @@ def _row(self: Learner, measured: dict, clock: '_Clock') -> dict:
     self.verdict = self.doctor.update(row)
     return row | dict(verdict=self.verdict.state)
 
-# %% ../nbs/23_learner.ipynb #39d9855f
+# %% ../nbs/23_learner.ipynb #b4eb14fa
 def format_row(row: dict,          # one row of the log
                n_steps: int,       # steps of the whole run
                epochs: float,      # epochs of the whole run
                seconds_left: float # until the end of training
               ) -> str:            # one line
     "Return a row of the log as a line for the terminal."
-    left = f'{int(seconds_left) // 3600}:{int(seconds_left) // 60 % 60:02}:{int(seconds_left) % 60:02}'
+    left = timedelta(seconds=int(seconds_left))
     knn = ''.join(f'  {name} {row[name]:.1%}' for name in row if name.startswith('knn'))
-    return (f'epoch {row["epoch"]:5.1f}/{epochs:g}  step {row["step"]:{len(str(n_steps))}}/{n_steps}'
+    step = f'{row["step"]:{len(str(n_steps))}}/{n_steps}'
+    return (f'epoch {row["epoch"]:5.1f}/{epochs:g}  step {step}'
             f'  loss {row["loss"]:.3f}  entropy {row["teacher_entropy"]:.3f}  KL {row["kl"]:.3f}'
             f' (ln K {row["ln_k"]:.2f})  {row["images_per_second"]:.0f} images/s'
             f'  waiting {row["waiting"]:.0%}  left {left}  {row["verdict"]}{knn}')
@@ -259,7 +260,7 @@ def write_log(path: Path,       # a run's log.jsonl
     "Write rows to a log, one line each."
     with Path(path).open(mode) as file: file.writelines(json.dumps(row) + '\n' for row in rows)
 
-# %% ../nbs/23_learner.ipynb #39cf9b04
+# %% ../nbs/23_learner.ipynb #e15f00ef
 @patch
 def fit(self: Learner,
         folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
@@ -275,11 +276,12 @@ def fit(self: Learner,
         measured = train_step(self, views, measure)
         self.step += 1
         if not measure: continue
+        before = rows[-1]['verdict'] if rows else self.doctor.state
         rows.append(self._row(measured, clock))
         for index, reason in gather_list(bad): self.bad_files.record(index, reason)
         if look and evaluate: rows[-1] |= evaluate(self)
         report(format_row(rows[-1], self.n_steps, self.config.epochs, self._seconds_left()))
-        if len(rows) < 2 or rows[-1]['verdict'] != rows[-2]['verdict']: report(str(self.verdict))
+        if rows[-1]['verdict'] != before: report(str(self.verdict))
         if folder and self.world.is_main:
             write_log(folder/'log.jsonl', rows[-1:], 'a')
             if last or time.time() - saved > 60 * self.config.checkpoint_minutes:
@@ -308,15 +310,15 @@ def _seconds_left(self: Learner) -> float:
     "Seconds until the end of training, at the mean pace so far."
     return self.seconds / self.step * (self.n_steps - self.step)
 
-# %% ../nbs/23_learner.ipynb #4dd36eff
+# %% ../nbs/23_learner.ipynb #086474f2
 def plot_curves(rows: list[dict],             # a run's log
                 baselines: dict | None = None # name -> accuracy, drawn as level lines
                ) -> plt.Figure:               # three panels
     "Plot what a run's log holds: the split of the loss, k-NN, and the pace."
     fig, (split, knn, pace) = plt.subplots(1, 3, figsize=(11, 3), layout='constrained')
-    column = lambda name: ([r['epoch'] for r in rows if name in r], [r[name] for r in rows if name in r])
-    for name, label in [('loss', 'cross-entropy'), ('teacher_entropy', 'teacher entropy'), ('kl', 'KL')]:
-        split.plot(*column(name), label=label)
+    def column(name): return zip(*[(row['epoch'], row[name]) for row in rows if name in row])
+    for name in ('loss', 'teacher_entropy', 'kl'):
+        split.plot(*column(name), label=name.replace('_', ' '))
     split.axhline(rows[0]['ln_k'], color='gray', ls=':', label='ln K')
     split.set(xlabel='epoch', ylabel='nats', ylim=0, title='loss = entropy + KL')
     for name in sorted({n for row in rows for n in row if n.startswith('knn')}):

@@ -73,7 +73,7 @@ def _check_fits(name, warmup, epochs):
         raise ValueError(f'epochs is {epochs:g}, less than {name}, which is {warmup:g}; '
                          f'lower {name} or train longer.')
 
-# %% ../nbs/17_schedules.ipynb #cfdd3e8d
+# %% ../nbs/17_schedules.ipynb #1475222e
 def make_schedules(steps_per_epoch: int,                # steps in one pass over the images
                    epochs: float = 100,                 # length of the run, epochs
                    batch_size: int = 256,               # images per step, over all processes
@@ -82,7 +82,8 @@ def make_schedules(steps_per_epoch: int,                # steps in one pass over
                    warmup_epochs: float = 10,           # warm-up of the learning rate, epochs
                    weight_decay: float = 0.04,          # weight decay at the start
                    weight_decay_end: float = 0.4,       # weight decay at the end
-                   teacher_momentum: float = 0.996,     # in [0, 1], at the start; 1 at the end
+                   teacher_momentum: float = 0.996,     # in [0, 1], at the start
+                   teacher_momentum_end: float = 1.,    # in [0, 1], at the end
                    warmup_teacher_temp: float = 0.04,   # at least 0.001, at the start
                    teacher_temp: float = 0.04,          # at least 0.001, after its warm-up
                    warmup_teacher_temp_epochs: float = 0 # warm-up of the temperature, epochs
@@ -94,16 +95,17 @@ def make_schedules(steps_per_epoch: int,                # steps in one pass over
     return Schedules(
         cosine_schedule(scaled_lr(lr, batch_size), min_lr, n_steps, lr_steps),
         cosine_schedule(weight_decay, weight_decay_end, n_steps),
-        cosine_schedule(teacher_momentum, 1., n_steps),
+        cosine_schedule(teacher_momentum, teacher_momentum_end, n_steps),
         _staircase(warmup_teacher_temp, teacher_temp, n_steps, temp_steps, steps_per_epoch))
 
 def _check_arguments(steps_per_epoch, epochs, batch_size, warmup_epochs, teacher_momentum,
-                     warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, **rates):
+                     teacher_momentum_end, warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, **rates):
     "Raise a ValueError for the first argument of make_schedules that is out of range."
     check_range('steps_per_epoch', steps_per_epoch, 1)
     check_range('epochs', epochs, 1 / steps_per_epoch)
     check_range('batch_size', batch_size, 1)
     check_range('teacher_momentum', teacher_momentum, 0, 1)
+    check_range('teacher_momentum_end', teacher_momentum_end, 0, 1)
     for name, rate in rates.items(): check_range(name, rate, 0)
     check_range('warmup_teacher_temp', warmup_teacher_temp, 1e-3)
     check_range('teacher_temp', teacher_temp, 1e-3)

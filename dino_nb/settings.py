@@ -55,7 +55,7 @@ class ModelSettings:
     use_bn: bool = _head('use_bn')           # batch norm in the head
     norm_last_layer: bool = _head('norm_last_layer')  # keep prototypes at length 1
 
-# %% ../nbs/19_settings.ipynb #cc1ea5ff
+# %% ../nbs/19_settings.ipynb #7f56a905
 @dataclass(kw_only=True)
 class TeacherSettings:
     "Teacher, temperatures and center."
@@ -63,7 +63,8 @@ class TeacherSettings:
     warmup_teacher_temp: float = _schedule('warmup_teacher_temp')  # at the start
     teacher_temp: float = _schedule('teacher_temp')  # after the warm-up
     warmup_teacher_temp_epochs: float = _schedule('warmup_teacher_temp_epochs')  # epochs
-    teacher_momentum: float = _schedule('teacher_momentum')  # at the start; ends at 1
+    teacher_momentum: float = _schedule('teacher_momentum')  # share of the teacher kept, at first
+    teacher_momentum_end: float = _schedule('teacher_momentum_end')  # likewise, at the end
     teacher_rule: str = 'ema'  # ema, previous_epoch, previous_iteration or student
     center_momentum: float = _loss('center_momentum')  # share of the old center kept
 
@@ -94,11 +95,12 @@ class RunSettings:
     eval_crop: float = 0.875 # share of the resized image kept for evaluation; 1: all of it
     checkpoint_minutes: float = 10.  # minutes between two checkpoints
 
-# %% ../nbs/19_settings.ipynb #3bcc79cb
+# %% ../nbs/19_settings.ipynb #2ce51828
 RANGES = dict(batch_size=(1, None), seed=(0, None), workers=(-1, None), drop_path_rate=(0, 0.99),
               out_dim=(2, None), hidden_dim=(1, None), bottleneck_dim=(1, None),
               head_layers=(1, None), student_temp=(1e-3, None), warmup_teacher_temp=(1e-3, None),
-              teacher_temp=(1e-3, None), teacher_momentum=(0, 1), center_momentum=(0, 1),
+              teacher_temp=(1e-3, None), teacher_momentum=(0, 1),
+              teacher_momentum_end=(0, 1), center_momentum=(0, 1),
               lr=(0, None), min_lr=(0, None), weight_decay=(0, None), weight_decay_end=(0, None),
               clip_grad=(0, None), freeze_last_layer=(0, None), log_every=(1, None),
               knn_every=(0, None), eval_crop=(0.1, 1), checkpoint_minutes=(0, None))
@@ -123,14 +125,16 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
                 raise ValueError(f'epochs is {self.epochs:g}, less than {name}, which is '
                                  f'{getattr(self, name):g}; lower {name} or train longer.')
 
-# %% ../nbs/19_settings.ipynb #cc4fb7bd
+# %% ../nbs/19_settings.ipynb #9086dbd5
 RECIPES = {
     'tiny': dict(
-        backbone='vit_tiny_patch16_224', patch_size=8, embed_dim=128, depth=4, num_heads=4,
+        backbone='vit_tiny_patch16_224', patch_size=8, embed_dim=96, depth=4, num_heads=3,
         drop_path_rate=0., out_dim=256, hidden_dim=256, bottleneck_dim=128,
-        global_size=48, local_size=24, n_local=2, local_scale=(0.1, 0.4), batch_size=32,
-        epochs=26, warmup_epochs=2.6, lr=8e-3, teacher_momentum=0.98, freeze_last_layer=1.3,
-        eval_crop=1., knn_every=5),
+        global_size=40, local_size=24, n_local=2, local_scale=(0.15, 0.5), hue=0.5,
+        blur_prob=(0., 0., 0.), batch_size=32, epochs=20, warmup_epochs=2, lr=8e-3,
+        warmup_teacher_temp=0.025, teacher_temp=0.025, teacher_momentum=0.99,
+        teacher_momentum_end=0.998,
+        eval_crop=1., knn_every=2.5),
     'vit_s16_100ep': dict(batch_size=512, epochs=100),
     'vit_s16_300ep': dict(
         batch_size=1024, epochs=300, norm_last_layer=False, warmup_teacher_temp=0.04,

@@ -10,10 +10,12 @@ import nbformat, yaml
 from docutils.nodes import make_id
 from fastcore.foundation import L
 from nbconvert import MarkdownExporter
+from nbdev import processors
 from nbdev.config import get_config
 from nbdev.doclinks import nbdev_export, patch_name
 from nbdev.serve import proc_nbs
 from sphinx.cmd.build import main as sphinx
+from traitlets.config import Config
 
 CFG  = get_config()
 ROOT = CFG.config_path
@@ -27,6 +29,16 @@ SYMBOL  = re.compile(r'\[`([^`]+)`\]\(' + re.escape(SITE) + r'/([\w-]+\.html#[^)
 NB_LINK = re.compile(r'(?<=\]\()(?!\w+:)([^)#\s]+)\.ipynb')
 IMAGE   = re.compile(r'(!\[[^\]]*\]\()(?!\w+:)')
 md = nbformat.v4.new_markdown_cell
+
+
+class ShowDocs(processors.exec_show_docs):
+    "Run `show_doc` where the module is known, so that annotations may name what comes later"
+    def begin(self):
+        super().begin()
+        module = processors._default_exp(self.nb)
+        if module: self.k.run_cell(f'from {CFG.lib_path.name}.{module} import *')
+
+processors.exec_show_docs = ShowDocs
 
 
 def page(name):
@@ -178,11 +190,15 @@ def readme(proc):
     "Write README.md, and the figures in it, from the processed front page"
     nb = adapt(nbformat.read(proc/CFG.readme_nb, 4), CFG.readme_nb, readme_links)
     nb.cells[0].source = re.sub(r'\n*<p class="nb-origin">.*', '', nb.cells[0].source, flags=re.S)
+    hide = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={'remove-input'}))
     names = dict(unique_key='index', output_files_dir='index_files')
-    text, resources = MarkdownExporter().from_notebook_node(nb, resources=names)
+    text, resources = MarkdownExporter(config=hide).from_notebook_node(nb, resources=names)
     for name, data in resources['outputs'].items():
         (ROOT/name).parent.mkdir(exist_ok=True)
         (ROOT/name).write_bytes(data)
+    alts = (c.metadata.mystnb.image.alt for c in nb.cells if c.cell_type == 'code'
+            for out in c.outputs if 'image/png' in out.get('data', {}))
+    text = re.sub(r'!\[png\]', lambda _: f'![{next(alts)}]', text)
     text = re.sub(r'\n{3,}', '\n\n', re.sub(r'[ \t]+$', '', text, flags=re.M)).strip()
     note = f'<!-- Made from {CFG.nbs_path.name}/{CFG.readme_nb} by docs/build.py: do not edit. -->'
     (ROOT/'README.md').write_text(f'{note}\n\n{text}\n', encoding='utf-8')
@@ -198,7 +214,7 @@ def mathjax(out):
 def build():
     "Export, then write README.md and the site; return Sphinx's exit status"
     nbdev_export.__wrapped__()
-    proc = proc_nbs(n_workers=1, force=True)
+    proc = proc_nbs(n_workers=0, force=True) # in this process, where ShowDocs is known
     src, html = proc/'_src', proc/'_html'
     src.mkdir()
     stage(proc, src)

@@ -32,5 +32,11 @@ class Again:
         return sorted(str(p) for p in paths if read(ROOT/p) != read(self.top/p))
 
 
+def pytest_collection_modifyitems(items):
+    "Keep the tests that share the copy in one process, when pytest runs several"
+    for item in items:
+        if 'again' in item.fixturenames: item.add_marker(pytest.mark.xdist_group('again'))
+
+
 @pytest.fixture(scope='session')
 def again(tmp_path_factory): return Again(tmp_path_factory.mktemp('again'))

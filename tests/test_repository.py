@@ -61,6 +61,7 @@ def test_imports_point_to_lower_numbers(book):
             assert '*' not in names, f'star import of {module}'
             package, _, name = module.partition('.')
             for name in ([name] if name else names) if package == 'dino_nb' else []:
+                if name == '__version__': continue
                 assert name in NUMBER, f'there is no notebook for dino_nb.{name}'
                 assert NUMBER[name] < book.stem, f'{name} is a later notebook'
 
@@ -91,7 +92,8 @@ def test_outputs_are_stored_and_plain(book):
         if shows and not flags & {'hide', 'export', 'exports'}:
             assert outputs, f'nothing stored (make notebooks):\n{source}'
         for out in outputs:
-            assert out['output_type'] != 'error' and out.get('name') != 'stderr', f'{out}\n{source}'
+            assert out['output_type'] != 'error', f'{out}\n{source}'
+            assert out.get('name') != 'stderr' or 'Warning' not in ''.join(out['text']), f'{out}'
             assert 'application/vnd.jupyter.widget-view+json' not in out.get('data', {}), source
 
 
