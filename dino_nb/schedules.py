@@ -73,7 +73,7 @@ def _check_fits(name, warmup, epochs):
         raise ValueError(f'epochs is {epochs:g}, less than {name}, which is {warmup:g}; '
                          f'lower {name} or train longer.')
 
-# %% ../nbs/17_schedules.ipynb #1475222e
+# %% ../nbs/17_schedules.ipynb #4559af7d
 def make_schedules(steps_per_epoch: int,                # steps in one pass over the images
                    epochs: float = 100,                 # length of the run, epochs
                    batch_size: int = 256,               # images per step, over all processes
@@ -99,7 +99,8 @@ def make_schedules(steps_per_epoch: int,                # steps in one pass over
         _staircase(warmup_teacher_temp, teacher_temp, n_steps, temp_steps, steps_per_epoch))
 
 def _check_arguments(steps_per_epoch, epochs, batch_size, warmup_epochs, teacher_momentum,
-                     teacher_momentum_end, warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, **rates):
+                     teacher_momentum_end, warmup_teacher_temp, teacher_temp,
+                     warmup_teacher_temp_epochs, **rates):
     "Raise a ValueError for the first argument of make_schedules that is out of range."
     check_range('steps_per_epoch', steps_per_epoch, 1)
     check_range('epochs', epochs, 1 / steps_per_epoch)

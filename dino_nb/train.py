@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'open_data', 'run_folder', 'check_folder', 'clear_folder', 'knn_top1', 'baselines', 'attention_views',
-           'attention_jaccard', 'describe', 'say', 'draw', 'summarize', 'result_lines', 'sentences', 'prepare',
-           'resume', 'train', 'announce', 'main']
+           'attention_jaccard', 'describe', 'say', 'draw', 'summarize', 'result_lines', 'sentences', 'check_device',
+           'prepare', 'resume', 'train', 'announce', 'main']
 
 # %% ../nbs/90_train.ipynb #7c167a79
 if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in globals():
@@ -43,14 +43,13 @@ from .settings import (TrainConfig, config_changes, config_record, parse_setting
 from .shapes import Shapes
 from .views import show_views
 
-# %% ../nbs/90_train.ipynb #d5770808
+# %% ../nbs/90_train.ipynb #d0f88bd8
 def open_data(config: TrainConfig # settings of a run
              ) -> tuple[ImageSource, ImageSource | None, ImageSource | None]: # train, bank, test
     "Open the images to train on, and the bank and test images of k-NN where there are labels."
     if config.data == 'shapes':
-        train = open_images(Shapes())
-        return train, train, open_images(Shapes(1000, split='test'))
-    train, test = _open(config.data)
+        train, test = open_images(Shapes()), open_images(Shapes(1000, split='test'))
+    else: train, test = _open(config.data)
     bank = train
     if config.probe:
         bank, test = _open(config.probe)
@@ -227,11 +226,20 @@ def sentences(status: int, # exit status
         else: print(f'dino_train: {error}', file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
-# %% ../nbs/90_train.ipynb #74a18230
+# %% ../nbs/90_train.ipynb #b30aa2d7
+def check_device(name: str): # auto, cpu, cuda or mps
+    "Raise a ValueError if this machine lacks the device that was asked for."
+    found = dict(cuda=torch.cuda.is_available, mps=torch.backends.mps.is_available)
+    if name in found and not found[name]():
+        raise ValueError(f'device is {name}, but torch finds none on this machine; '
+                         'auto takes the best there is.')
+
+# %% ../nbs/90_train.ipynb #824e7fad
 def prepare(argv: list[str] | None # words of the command line; None: sys.argv
            ) -> tuple:             # run, bank, test, folder
     "Read the settings, open the images and build the run; write nothing."
     config = parse_settings(argv)
+    check_device(config.device)
     world = init_dist(None if config.device == 'auto' else config.device)
     folder = check_folder(config)
     train, bank, test = open_data(config)
