@@ -37,7 +37,7 @@ $(VENV)/.dev: $(FACTS) | $(VENV)/.made
 	$(PIP) -e '.[dev]'
 	@touch $(VENV)/.installed $@
 
-# A finished run is shown again, an interrupted one goes on; from the start: ARGS=--overwrite
+# A finished run is shown again, an interrupted one goes on from its checkpoint; from the start: ARGS=--overwrite
 demo: $(VENV)/.installed
 	$(BIN)/dino_train $(ARGS)
 

@@ -267,7 +267,7 @@ def train(run: Learner,             # a new run
     "Train, evaluate and draw; return the results."
     config, world, tell = run.config, run.world, partial(say, run.world)
     levels = baselines(bank, test, config, run.device) if bank and world.is_main else {}
-    resume(run, folder)
+    with sentences(2, ValueError, OSError): resume(run, folder)
     tell('20-NN before training:', ', '.join(f'{n} {v:.1%}' for n, v in levels.items()) or
          'no labels, so k-NN is left out; --probe names a folder of labelled images')
 
