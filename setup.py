@@ -27,7 +27,7 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={'dev': shlex.split(cfg['dev_requirements'])},
+    extras_require={name: shlex.split(cfg[f'{name}_requirements']) for name in ('dev', 'shards')},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts']),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,

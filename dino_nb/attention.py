@@ -44,9 +44,9 @@ def attention_maps(backbone: nn.Module,  # a vision transformer with a class tok
     attention = _class_attention(backbone, images, block)
     return attention[..., backbone.num_prefix_tokens:].unflatten(-1, grid).float()
 
-# %% ../nbs/33_attention.ipynb #69317d4a
+# %% ../nbs/33_attention.ipynb #66dfb5a8
 def mass_mask(attention: torch.Tensor, # (..., h, w), not negative
-              mass: float = 0.6        # share of the attention to keep, theta, in (0, 1]
+               mass: float              # share of the attention to keep, rho, in (0, 1]
              ) -> torch.Tensor:        # (..., h, w) bool
     "Return the smallest set of patches that holds the given share of the attention (DINO Fig. 4)."
     check_range('mass', mass, 1e-6, 1)
@@ -71,10 +71,10 @@ def best_head_jaccard(masks: torch.Tensor,  # (B, heads, h, w) bool, from mass_m
     masks = F.interpolate(masks.float(), size=targets.shape[-2:], mode='nearest').bool()
     return jaccard(masks, targets[:, None]).amax(1)
 
-# %% ../nbs/33_attention.ipynb #04b25a9e
+# %% ../nbs/33_attention.ipynb #21f33fcf
 def show_attention(images: torch.Tensor, # (n, 3, H, W) uint8 or normalized
                    maps: torch.Tensor,   # (n, heads, h, w) from attention_maps
-                   mass: float = 0.6,    # share of the attention that the mask keeps, in (0, 1]
+                   mass: float = 0.6,    # share that the mask keeps, in (0, 1] (DINO Fig. 4)
                    size: float = 1.2     # width of one panel, inches
                   ) -> plt.Figure:       # the figure
     "Show images, their mean attention, its mask, and every head."

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ROW', 'LARGEST_RATIO', 'ViewSettings', 'ViewParams', 'sample_views', 'crop_views', 'crop_views_batched']
 
-# %% ../nbs/03_augment.ipynb #ad64c167
+# %% ../nbs/03_augment.ipynb #41a101b8
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -139,12 +140,12 @@ def _color_choices(u, settings, kind):
             u['order'].argsort(axis=-1), happens('gray', settings.gray_prob),
             (sigma * blurred).astype(np.float32), threshold.astype(np.float32))
 
-# %% ../nbs/03_augment.ipynb #9e3d7c8d
+# %% ../nbs/03_augment.ipynb #128f557b
 def sample_views(settings: ViewSettings, # sizes, scales and strengths
                  seed: int,              # seed of the run
-                 epoch: int,             # epoch, from 0; or one for each image
-                 indices,                # the images' indices in their dataset (B,)
-                 sizes                   # their heights and widths in pixels (B, 2)
+                 epoch: int | Sequence[int],  # epoch, from 0; or one for each image
+                 indices: Sequence[int], # the images' indices in their dataset (B,)
+                 sizes: Sequence         # their heights and widths in pixels (B, 2)
                 ) -> ViewParams:         # the random choices of V = 2 + n_local views each
     "Draw all random choices of the views of B images, each from its own address."
     kind = np.array([0, 1] + [2] * settings.n_local)  # first global, second global, local

@@ -6,11 +6,12 @@
 __all__ = ['check_range', 'check_choice', 'default_of', 'generator', 'set_seed', 'default_device', 'default_dtype', 'autocast',
            'to_display', 'show_images']
 
-# %% ../nbs/00_core.ipynb #e0dbba63
+# %% ../nbs/00_core.ipynb #0f37d7c1
 import difflib
 import hashlib
 import inspect
 import random
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import matplotlib.pyplot as plt
@@ -30,11 +31,11 @@ def check_range(name: str,                # the argument's name, as the user typ
     else: allowed = f'between {low} and {high}'
     raise ValueError(f'{name} is {value}; it must be {allowed}.')
 
-# %% ../nbs/00_core.ipynb #d2c1b29c
-def check_choice(name: str,      # the argument's name, as the user typed it
-                 value: str,     # what was given
-                 choices         # the allowed values
-                ) -> str:        # value, unchanged
+# %% ../nbs/00_core.ipynb #682d4c99
+def check_choice(name: str,         # the argument's name, as the user typed it
+                 value: str,        # what was given
+                 choices: Iterable  # the allowed values
+                ) -> str:           # value, unchanged
     "Return value if it is one of choices, else raise a ValueError with the nearest ones."
     choices = list(choices)
     if value in choices: return value
@@ -75,25 +76,27 @@ def default_device() -> torch.device: # cuda, mps or cpu
     if torch.backends.mps.is_available(): return torch.device('mps')
     return torch.device('cpu')
 
-# %% ../nbs/00_core.ipynb #44da6a63
+# %% ../nbs/00_core.ipynb #00833d5a
 def _cpu_has_bf16() -> bool:
     "True if this CPU multiplies bfloat16 in hardware."
     probes = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
-def default_dtype(device: torch.device # where the model runs
-                 ) -> torch.dtype:     # torch.bfloat16 or torch.float32
+def default_dtype(device: torch.device, # where the model runs
+                  weights: torch.dtype = torch.float32 # of its parameters; float64 stays float64
+                 ) -> torch.dtype:      # of its products
     "Return bfloat16 where the device multiplies it in hardware, else float32."
+    if weights == torch.float64: return weights
     if device.type == 'cuda': fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else: fast = device.type == 'cpu' and _cpu_has_bf16()
     return torch.bfloat16 if fast else torch.float32
 
-# %% ../nbs/00_core.ipynb #e83a3e7d
+# %% ../nbs/00_core.ipynb #06ebc8b9
 def autocast(device: torch.device, # where the model runs
-             dtype: torch.dtype    # float32: no autocast
+             dtype: torch.dtype    # bfloat16 or float16; another: no autocast
             ):                     # a context manager
-    "Return the autocast context for dtype, or an empty one for float32."
-    if dtype == torch.float32: return nullcontext()
+    "Return the autocast context for dtype, or an empty one for float32 and float64."
+    if dtype not in (torch.bfloat16, torch.float16): return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
 # %% ../nbs/00_core.ipynb #2b1c3a6c
@@ -107,8 +110,8 @@ def to_display(image: torch.Tensor # (3, H, W) uint8 or float; (H, W) for a map
     if low < 0 or high > 1: image = (image - low) / (high - low)
     return image.permute(1, 2, 0).numpy()
 
-# %% ../nbs/00_core.ipynb #d9cea6d6
-def show_images(images,                     # images, or a tensor (n, 3, H, W)
+# %% ../nbs/00_core.ipynb #b92d0d69
+def show_images(images: Sequence | torch.Tensor, # images, or a tensor (n, 3, H, W)
                 titles: list | None = None, # one per image
                 n_cols: int = 8,            # images in a row
                 size: float = 1.2,          # width of one image, inches

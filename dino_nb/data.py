@@ -6,10 +6,11 @@
 __all__ = ['IMAGE_EXTENSIONS', 'BadImage', 'decode_image', 'ImageSource', 'open_images', 'find_splits', 'probe_split',
            'TooManyBadFiles', 'BadFiles', 'check_images']
 
-# %% ../nbs/02_data.ipynb #979401ef
+# %% ../nbs/02_data.ipynb #48ac6fb7
 import hashlib
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -44,16 +45,17 @@ def _reason(error: Exception) -> str:
     text = getattr(error, 'strerror', None) or str(error) or type(error).__name__
     return ' '.join(text.split())
 
-# %% ../nbs/02_data.ipynb #2e9df6a4
-def decode_image(path: str | Path   # an image file of any format that PIL reads
-                ) -> torch.Tensor:  # (3, H, W) uint8, RGB, upright
+# %% ../nbs/02_data.ipynb #ec8afbbc
+def decode_image(file: str | Path | BinaryIO, # an image of any format that PIL reads
+                 name: str | None = None      # what an error calls it; None: the path
+                ) -> torch.Tensor:            # (3, H, W) uint8, RGB, upright
     "Return the pixels of a file; a missing or damaged one raises BadImage."
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb_tensor(image)
     except Exception as error:  # decoders raise errors of many types
-        raise BadImage(str(path), _reason(error)) from error
+        raise BadImage(name or str(file), _reason(error)) from error
 
 # %% ../nbs/02_data.ipynb #1560ecff
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.ppm',
@@ -108,15 +110,16 @@ def _as_rgb(item) -> torch.Tensor:
         item = (item * 255).round().to(torch.uint8)
     return item.expand(3, -1, -1)
 
-# %% ../nbs/02_data.ipynb #0b4061b9
+# %% ../nbs/02_data.ipynb #bb4e0bb5
 class ImageSource(Dataset):
     "Images of any origin: numbered, named, uint8 RGB of shape (3, H, W), perhaps with labels."
     def __init__(self,
                  items,                              # (N, 3, H, W) uint8, or anything with an index
                  names: list[str],                   # one per image
                  labels: torch.Tensor | None = None, # (N,) int64
-                 classes: list[str] | None = None):  # name of each label
-        self.items, self.labels, self.classes = items, labels, classes
+                 classes: list[str] | None = None,   # name of each label
+                 groups: torch.Tensor | None = None): # (N,) int64: which lie in one large file
+        self.items, self.labels, self.classes, self.groups = items, labels, classes, groups
         self.names = (names if isinstance(names, np.ndarray) else
                       np.array([os.fsencode(name) for name in names]))
 
@@ -130,6 +133,7 @@ class ImageSource(Dataset):
 
     def __repr__(self):
         place = 'files' if self.images is None else 'in memory'
+        if self.groups is not None: place = f'{len(self.groups.unique())} shards'
         labels = 'no labels' if self.labels is None else f'{len(self.labels.unique())} classes'
         return f'ImageSource({len(self):,} images, {place}, {labels})'
 
@@ -142,7 +146,7 @@ class ImageSource(Dataset):
         "All images, if they lie in memory in one tensor, else None."
         return self.items if isinstance(self.items, torch.Tensor) else None
 
-# %% ../nbs/02_data.ipynb #9f47ae40
+# %% ../nbs/02_data.ipynb #613d5058
 @patch
 def subset(self: ImageSource,
            indices: torch.Tensor # (n,) int64, or a list of numbers
@@ -151,8 +155,9 @@ def subset(self: ImageSource,
     indices = torch.as_tensor(indices)
     in_memory = self.images is not None
     items = self.items[indices] if in_memory else Subset(self.items, indices.tolist())
-    labels = None if self.labels is None else self.labels[indices]
-    return ImageSource(items, self.names[indices.numpy()], labels, self.classes)
+    labels, groups = (None if column is None else column[indices]
+                      for column in (self.labels, self.groups))
+    return ImageSource(items, self.names[indices.numpy()], labels, self.classes, groups)
 
 @patch(as_prop=True)
 def fingerprint(self: ImageSource) -> str: # number of images, a dash, 16 hexadecimal digits
@@ -161,7 +166,7 @@ def fingerprint(self: ImageSource) -> str: # number of images, a dash, 16 hexade
     if self.labels is not None: digest.update(self.labels.numpy().tobytes())
     return f'{len(self)}-{digest.hexdigest()}'
 
-# %% ../nbs/02_data.ipynb #63a693f3
+# %% ../nbs/02_data.ipynb #4e3a9e49
 def _read_list(path: Path) -> list[str]:
     "Return the paths in a text file, one per line."
     try: lines = path.read_text(encoding='utf-8-sig').splitlines()
@@ -175,7 +180,9 @@ def _open_path(path: Path, labelled: bool, classes: list[str] | None) -> ImageSo
     elif path.exists(): raise ValueError(f'{path} is neither a folder nor a .txt list of images.')
     else: raise ValueError(f'{path} does not exist.')
     if not names:
-        raise ValueError(f'{path} holds no images; looked for {" ".join(IMAGE_EXTENSIONS)}.')
+        shards = f' It holds tars: name them as {path}/*.tar.' if any(path.glob('*.tar')) else ''
+        raise ValueError(f'{path} holds no images; looked for {" ".join(IMAGE_EXTENSIONS)}.'
+                         + shards)
     labels, classes = _class_labels(names, classes) if labelled else (None, None)
     names = np.array(list(map(os.fsencode, names)))
     return ImageSource(_Files(root, names), names, labels, classes)

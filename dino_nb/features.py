@@ -96,7 +96,7 @@ def evaluation_mode(network: nn.Module # any network
     finally:
         for module, mode in modes: module.training = mode
 
-# %% ../nbs/30_features.ipynb #52095caa
+# %% ../nbs/30_features.ipynb #5070e86b
 def extract_features(backbone: nn.Module,   # images (B, 3, h, w) to features (B, D)
                      source: ImageSource,   # N images
                      size: int | tuple[int, int] = 224, # side or (height, width) of views, pixels
@@ -108,10 +108,11 @@ def extract_features(backbone: nn.Module,   # images (B, 3, h, w) to features (B
                     ) -> torch.Tensor:      # (N, D) float32 on the CPU, row i for image i
     "Return the features of all images of a source, in order, where the backbone lies."
     check_range('crop_ratio', crop_ratio, 1e-3, 1); check_range('batch_size', batch_size, 1)
-    device = next(backbone.parameters(), torch.empty(0)).device
+    weight = next(backbone.parameters(), torch.empty(0))
+    if dtype is None: dtype = default_dtype(weight.device, weight.dtype)
     def compute(views):
-        with autocast(device, dtype or default_dtype(device)):
-            features = backbone(_normalized(views.to(device)))
+        with autocast(weight.device, dtype):
+            features = backbone(_normalized(views.to(weight.device)).to(weight.dtype))
         if features.ndim == 2: return features
         raise ValueError(f'backbone gives {tuple(features.shape)}; it must give (B, D).')
     transform = partial(_center_view, size=size, crop_ratio=crop_ratio)

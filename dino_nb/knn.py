@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['class_scores', 'class_rank', 'knn_search', 'Accuracy', 'knn_accuracy', 'evaluate_knn', 'pixel_knn']
 
-# %% ../nbs/31_knn.ipynb #2000300c
+# %% ../nbs/31_knn.ipynb #2a671a31
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -17,6 +17,7 @@ from torch import nn
 
 from .core import check_choice, check_range
 from .data import BadFiles, ImageSource
+from .dist import World, all_mean, gather_rows, shard
 from .features import extract_features, raw_pixel_features
 
 # %% ../nbs/31_knn.ipynb #d4cbcc26
@@ -120,20 +121,28 @@ def knn_accuracy(train_features: torch.Tensor, # (N, D), any length per row
     return {k: _vote(similarities[:, :k], votes[:, :k], right, len(classes), temperature)
             for k in ks}
 
-# %% ../nbs/31_knn.ipynb #f6376a4a
-def _evaluate(extract, bank, test, ks, temperature):
-    "Return the k-NN accuracy of extract(source, bad=...) on labelled images."
-    sets = []
-    for name, source in (('bank', bank), ('test', test)):
-        if source.labels is None: raise ValueError(f'{name} has no labels; k-NN needs them.')
-        bad = BadFiles(source)
-        features = extract(source, bad=bad)
-        readable = torch.ones(len(source), dtype=torch.bool)
-        readable[list(bad.reasons)] = False
-        sets += [features[readable], source.labels[readable]]
-    return knn_accuracy(*sets, ks, temperature)
+# %% ../nbs/31_knn.ipynb #47d6d35e
+def _share(extract, source, world, name):
+    "Return features and labels of the readable images among this process's share."
+    if source.labels is None: raise ValueError(f'{name} has no labels; k-NN needs them.')
+    mine = source if world.size == 1 else source.subset(list(shard(len(source), world)))
+    bad = BadFiles(mine)
+    features = extract(mine, bad=bad)
+    readable = torch.ones(len(mine), dtype=torch.bool)
+    readable[list(bad.reasons)] = False
+    return features[readable], mine.labels[readable]
 
-# %% ../nbs/31_knn.ipynb #d01e0b49
+def _evaluate(extract, bank, test, ks, temperature, world):
+    "Return the k-NN accuracy of extract(source, bad=...) on labelled images."
+    known = [gather_rows(part) for part in _share(extract, bank, world, 'bank')]
+    mine = _share(extract, test, world, 'test')
+    found = knn_accuracy(*known, *mine, ks, temperature)
+    if world.size == 1: return found
+    counts = {k: all_mean(torch.tensor([*accuracy, 1.]) * len(mine[0]))
+              for k, accuracy in found.items()}
+    return {k: Accuracy(*(count[:2] / count[2]).tolist()) for k, count in counts.items()}
+
+# %% ../nbs/31_knn.ipynb #e61a3c9e
 def evaluate_knn(backbone: nn.Module,   # images (B, 3, h, w) to features (B, D)
                  bank: ImageSource,     # labelled images to search in
                  test: ImageSource,     # labelled images to classify
@@ -141,17 +150,19 @@ def evaluate_knn(backbone: nn.Module,   # images (B, 3, h, w) to features (B, D)
                  crop_ratio: float = 0.875,   # share of the resized image's side kept, (0, 1]
                  ks: Sequence[int] = (10, 20, 100, 200), # neighbours that vote
                  temperature: float = 0.07,   # of the votes' weights, above 0
+                 world: World = World(),      # this process among all, which share the work
                  **options              # for extract_features: batch_size, n_workers, dtype
                 ) -> dict[int, Accuracy]: # k -> shares of the test images
     "Return the k-NN accuracy of a backbone's features on labelled images."
     extract = partial(extract_features, backbone, size=size, crop_ratio=crop_ratio, **options)
-    return _evaluate(extract, bank, test, ks, temperature)
+    return _evaluate(extract, bank, test, ks, temperature, world)
 
-# %% ../nbs/31_knn.ipynb #954d7223
+# %% ../nbs/31_knn.ipynb #aec8b91f
 def pixel_knn(bank: ImageSource, # labelled images to search in
               test: ImageSource, # labelled images to classify
               ks: Sequence[int] = (10, 20, 100, 200), # neighbours that vote
-              temperature: float = 0.07 # of the votes' weights, above 0
+              temperature: float = 0.07, # of the votes' weights, above 0
+              world: World = World()    # this process among all, which share the work
              ) -> dict[int, Accuracy]:  # k -> shares of the test images
     "Return the k-NN accuracy of raw pixels, the baseline without a network."
-    return _evaluate(raw_pixel_features, bank, test, ks, temperature)
+    return _evaluate(raw_pixel_features, bank, test, ks, temperature, world)

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['cross_view_loss', 'DINOLoss']
 
-# %% ../nbs/12_loss.ipynb #fbb79285
+# %% ../nbs/12_loss.ipynb #6bb041d5
 import torch
+from fastcore.basics import patch
 from torch import nn
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
-from .centering import Center
-from .core import check_range, default_of
+from .centering import Center, make_target
+from .core import check_choice, check_range, default_of
 from .softmax import at_least_float32, log_softmax_temp
 
 # %% ../nbs/12_loss.ipynb #390618ab
@@ -39,28 +42,38 @@ def _views_and_images(student, teacher):
                          f'{teacher.shape[1]}; both must have K, one per prototype.')
     return n_rows // batch_size, batch_size
 
-# %% ../nbs/12_loss.ipynb #1ce0a687
+# %% ../nbs/12_loss.ipynb #db91189d
 class DINOLoss(nn.Module):
     "Compare the student's views with the teacher's other views (DINO eqs. 1 to 4)."
     def __init__(self,
-                 out_dim: int,                                         # number of prototypes K
-                 student_temp: float = 0.1,                            # at least 1e-4
-                 center_momentum: float = default_of(Center, 'momentum') # 0 to 1
-                ):
+                 out_dim: int,                # number of prototypes K, at least 2
+                 student_temp: float = 0.1,   # at least 1e-4
+                 center_momentum: float = default_of(Center, 'momentum'), # 0 to 1
+                 target: str = default_of(make_target, 'target'), # a name from centering.TARGETS
+                 kind: str = 'cross_entropy', # cross_entropy or mse
+                 chunks: int = 1):            # parts computed again in backward; 1: all is kept
         super().__init__()
         self.student_temp = check_range('student_temp', student_temp, 1e-4)
-        self.center = Center(out_dim, center_momentum)
+        self.center = make_target(out_dim, target, center_momentum)
+        self.kind = check_choice('kind', kind, ('cross_entropy', 'mse'))
+        self.chunks = check_range('chunks', chunks, 1)
+        if kind == 'mse' and not isinstance(self.center, Center):
+            raise ValueError(f'target {target} makes distributions, which kind mse cannot compare; '
+                             'use target center or none, or kind cross_entropy.')
 
     def forward(self,
                 student_logits: torch.Tensor, # (V * B, K) of all views, crop-major
                 teacher_logits: torch.Tensor, # (2 * B, K) of the two global views
-                teacher_temp: float           # at least 1e-4; published: 0.04 to 0.07
+                teacher_temp: float,          # at least 1e-4; published: 0.04 to 0.07
+                reduce: callable = None       # averages a tensor over all processes
                ) -> torch.Tensor:             # scalar in float32, nats; no gradient to the teacher
         "Return the loss; the center is used, not moved."
         check_range('teacher_temp', teacher_temp, 1e-4)
         with torch.autocast(student_logits.device.type, enabled=False):
-            targets = self.center(teacher_logits, teacher_temp)
-            return cross_view_loss(log_softmax_temp(student_logits, self.student_temp), targets)
+            if self.kind == 'mse': targets = normalize(self.center.centered(teacher_logits))
+            else: targets = self.center(teacher_logits, teacher_temp, reduce)
+            compare = self._compare if self.chunks == 1 else self._compare_in_chunks
+            return compare(student_logits, targets)
 
     def update_center(self,
                       teacher_logits: torch.Tensor, # (2 * B, K) the same logits, after the loss
@@ -68,3 +81,24 @@ class DINOLoss(nn.Module):
                      ):
         "Move the center towards these logits (DINO eq. 4)."
         self.center.update(teacher_logits, reduce)
+
+    def _compare(self, student_logits, targets):
+        "Return the mean over all pairs of views."
+        if self.kind == 'cross_entropy':
+            return cross_view_loss(log_softmax_temp(student_logits, self.student_temp), targets)
+        return 2 + 2 * cross_view_loss(normalize(at_least_float32(student_logits)), targets)
+
+# %% ../nbs/12_loss.ipynb #e338ad24
+@patch
+def _compare_in_chunks(self: DINOLoss,
+                       student_logits: torch.Tensor, # (V * B, K) of all views, crop-major
+                       targets: torch.Tensor         # (2 * B, K) of the two global views
+                      ) -> torch.Tensor:             # scalar, as from _compare
+    "Return the loss, computed for a few images at a time and once more in backward."
+    n_views, batch_size = _views_and_images(student_logits, targets)
+    def part(s, t): return self._compare(s.flatten(0, 1), t.flatten(0, 1)) * s.shape[1]
+    parts = zip(student_logits.unflatten(0, (n_views, -1)).chunk(self.chunks, 1),
+                targets.unflatten(0, (2, -1)).chunk(self.chunks, 1))
+    losses = [checkpoint(part, s, t, use_reentrant=False, preserve_rng_state=False)
+              for s, t in parts]
+    return sum(losses) / batch_size

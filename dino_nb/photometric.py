@@ -6,8 +6,9 @@
 __all__ = ['BRIGHTNESS', 'CONTRAST', 'SATURATION', 'HUE', 'LUMA', 'OPPOSITE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'normalize',
            'denormalize', 'photometric', 'photometric_views']
 
-# %% ../nbs/04_photometric.ipynb #b27d6258
+# %% ../nbs/04_photometric.ipynb #8ece9aeb
 import torch
+import torch.nn.functional as F
 
 from .augment import ViewParams
 
@@ -53,22 +54,25 @@ def _jitter(x, params):
         x[turned] = _turn_hue(x[turned], turns[turned])
     return x
 
-# %% ../nbs/04_photometric.ipynb #8fbeae4d
-def _blur_matrix(sigma, size):
-    "Return matrices (n, size, size) that blur a line of pixels, for sigma (n,) in pixels."
-    distance = torch.arange(2 * size, device=sigma.device)
+# %% ../nbs/04_photometric.ipynb #53e8a606
+def _blur_kernels(sigma, size):
+    "Return kernels (n, taps) for lines of size pixels, for sigma (n,) in pixels."
     reach = (4 * sigma).ceil().clamp(max=size - 1)
-    kernel = torch.exp(-0.5 * (distance / sigma[:, None])**2) * (distance <= reach[:, None])
-    i = distance[:size]
-    apart = (torch.stack([i, -i, 2 * (size - 1) - i])[:, None] - i[:, None]).abs()
-    apart[1, :, 0] = apart[2, :, -1] = 2 * size - 1  # the mirrors themselves have no image
-    matrix = kernel.index_select(1, apart.flatten()).view(-1, *apart.shape).sum(1)
-    return matrix / matrix.sum(-1, keepdim=True)
+    distance = torch.arange(-reach.max().item(), reach.max().item() + 1)
+    kernels = torch.exp(-0.5 * (distance / sigma[:, None])**2) * (distance.abs() <= reach[:, None])
+    return kernels / kernels.sum(-1, keepdim=True)
 
+# %% ../nbs/04_photometric.ipynb #48e46f2c
 def _blur(x, sigma):
-    "Return images (n, 3, H, W) blurred with sigma (n,) in pixels."
-    rows, columns = (_blur_matrix(sigma, size) for size in x.shape[2:])
-    return torch.einsum('nyi,ncij,nxj->ncyx', rows, x, columns)
+    "Return images (n, 3, H, W) blurred with sigma (n,) in pixels, given on the CPU."
+    if not len(x): return x
+    vertical, horizontal = (
+        _blur_kernels(sigma, size).repeat_interleave(3, 0)[:, None].to(x.device, non_blocking=True)
+        for size in x.shape[2:])
+    up, left = vertical.shape[-1] // 2, horizontal.shape[-1] // 2
+    x_wide = F.pad(x.flatten(0, 1)[None], (left, left, up, up), mode='reflect')
+    x_wide = F.conv2d(x_wide, vertical[:, :, :, None], groups=len(vertical))
+    return F.conv2d(x_wide, horizontal[:, :, None], groups=len(horizontal)).view(x.shape)
 
 # %% ../nbs/04_photometric.ipynb #ae88ccbc
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of R, G, B in 0 to 1
@@ -90,7 +94,7 @@ def denormalize(x: torch.Tensor   # (..., 3, H, W) normalized float
     mean, std = _statistics(x.device)
     return (x * std + mean).clamp(0, 1)
 
-# %% ../nbs/04_photometric.ipynb #21796cdc
+# %% ../nbs/04_photometric.ipynb #a61fb040
 def photometric(crops: torch.Tensor, # (n, 3, h, w) uint8, or float in 0 to 1; on any device
                 params: ViewParams   # their choices, fields (n, ...), on the CPU
                ) -> torch.Tensor:    # (n, 3, h, w) float32, normalized
@@ -99,12 +103,11 @@ def photometric(crops: torch.Tensor, # (n, 3, h, w) uint8, or float in 0 to 1; o
     with torch.autocast(device.type, enabled=False):
         x = crops.float() / 255 if crops.dtype == torch.uint8 else crops.float()
         x = _jitter(x, params)
-        sigma, threshold, luma = (t.to(device, non_blocking=True)
-                                  for t in (params.sigma, params.solarize, LUMA))
+        threshold, luma = (t.to(device, non_blocking=True) for t in (params.solarize, LUMA))
         rows = _rows(params.gray, device)
         x[rows] = torch.einsum('nchw,c->nhw', x[rows], luma)[:, None]
         rows = _rows(params.sigma > 0, device)
-        x[rows] = _blur(x[rows], sigma[rows])
+        x[rows] = _blur(x[rows], params.sigma[params.sigma > 0])
         rows = _rows(params.solarize <= 1, device)
         before = x[rows]
         x[rows] = torch.where(before < threshold[rows, None, None, None], before, 1 - before)

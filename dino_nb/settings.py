@@ -7,7 +7,7 @@ __all__ = ['RANGES', 'CHOICES', 'RECIPES', 'FREE', 'DataSettings', 'ModelSetting
            'RunSettings', 'TrainConfig', 'make_config', 'setting_docs', 'settings_parser', 'parse_settings',
            'config_record', 'config_changes']
 
-# %% ../nbs/19_settings.ipynb #7686d74f
+# %% ../nbs/19_settings.ipynb #777f0bac
 import argparse
 import types
 import typing
@@ -18,26 +18,29 @@ from fastcore.docments import docments
 
 from .augment import ViewSettings
 from .backbone import create_backbone
+from .centering import TARGETS
 from .core import check_choice, check_range, default_of
 from .head import DINOHead
 from .loss import DINOLoss
 from .schedules import make_schedules
+from .teacher import RULES
 
 # %% ../nbs/19_settings.ipynb #43f4a845
 _backbone, _head, _loss, _schedule = (partial(default_of, piece) for piece in
                                       (create_backbone, DINOHead, DINOLoss, make_schedules))
 
-# %% ../nbs/19_settings.ipynb #f5c87a2b
+# %% ../nbs/19_settings.ipynb #8df66fc2
 @dataclass(kw_only=True)
 class DataSettings:
     "Where the images come from."
-    data: str = 'shapes'   # image folder or .txt list of files; shapes: the embedded dataset
+    data: str = 'shapes'   # image folder, .txt list, 'tars/{00..99}.tar'; shapes: the embedded one
     probe: str = ''        # folder of labelled images for k-NN; empty: use labels of data, if any
     workers: int = -1      # processes that decode and crop; -1: one per core, at most 8
+    cache: str = 'none'    # device: keep all images where the network trains; none: read anew
     batch_size: int = 512  # images per step, over all processes together
     seed: int = 0          # address of every random choice of the run
 
-# %% ../nbs/19_settings.ipynb #7afabc58
+# %% ../nbs/19_settings.ipynb #ce9dc258
 @dataclass(kw_only=True)
 class ModelSettings:
     "Backbone and head."
@@ -54,8 +57,11 @@ class ModelSettings:
     head_layers: int = _head('n_layers')     # linear layers before the last one
     use_bn: bool = _head('use_bn')           # batch norm in the head
     norm_last_layer: bool = _head('norm_last_layer')  # keep prototypes at length 1
+    l2_bottleneck: bool = _head('l2_bottleneck')  # project to a narrow layer of length 1
+    activation: str = _head('activation')    # gelu or relu, in the head
+    predictor: int = 0             # width of an MLP after the student's head; 0: none
 
-# %% ../nbs/19_settings.ipynb #7f56a905
+# %% ../nbs/19_settings.ipynb #f109d0e2
 @dataclass(kw_only=True)
 class TeacherSettings:
     "Teacher, temperatures and center."
@@ -67,6 +73,8 @@ class TeacherSettings:
     teacher_momentum_end: float = _schedule('teacher_momentum_end')  # likewise, at the end
     teacher_rule: str = 'ema'  # ema, previous_epoch, previous_iteration or student
     center_momentum: float = _loss('center_momentum')  # share of the old center kept
+    target: str = _loss('target')  # center, sinkhorn, softmax_batch or none
+    loss: str = _loss('kind')      # cross_entropy or mse
 
 # %% ../nbs/19_settings.ipynb #157943e4
 @dataclass(kw_only=True)
@@ -82,31 +90,40 @@ class OptimSettings:
     clip_grad: float = 3.0         # largest gradient norm of each parameter; 0: no clipping
     freeze_last_layer: float = 1.  # epochs in which the last layer stays as it is
 
-# %% ../nbs/19_settings.ipynb #57211623
+# %% ../nbs/19_settings.ipynb #06957880
 @dataclass(kw_only=True)
 class RunSettings:
     "Folder, rhythm and hardware of the run."
     out: str = ''            # the run's folder; empty: runs/<data>_<recipe>
     overwrite: bool = False  # delete what the run's folder holds and start anew
     device: str = 'auto'     # auto, cpu, cuda or mps
-    precision: str = 'auto'  # auto, bfloat16 or float32; auto: bfloat16 where hardware has it
+    precision: str = 'auto'  # auto (bfloat16 or float32), bfloat16, float16, float32 or float64
+    accumulate: int = 1      # parts that a process cuts its images of a step into, to save memory
+    loss_chunks: int = 1     # parts that the loss is computed in, to save memory
+    recompute: bool = False  # forget activations and compute them again, to save memory
+    compile: bool = True     # torch.compile the backbone, on CUDA only
     log_every: int = 50      # steps between two lines of the log
     knn_every: float = 10.   # epochs between two k-NN evaluations; 0: only at the end
     eval_crop: float = 0.875 # share of the resized image kept for evaluation; 1: all of it
     checkpoint_minutes: float = 10.  # minutes between two checkpoints
+    checkpoint_steps: int = 0        # steps between two checkpoints; 0: go by minutes only
+    on_collapse: str = 'warn'        # warn, or stop: end the run with exit status 3
 
-# %% ../nbs/19_settings.ipynb #2ce51828
+# %% ../nbs/19_settings.ipynb #2a259e70
 RANGES = dict(batch_size=(1, None), seed=(0, None), workers=(-1, None), drop_path_rate=(0, 0.99),
               out_dim=(2, None), hidden_dim=(1, None), bottleneck_dim=(1, None),
-              head_layers=(1, None), student_temp=(1e-3, None), warmup_teacher_temp=(1e-3, None),
-              teacher_temp=(1e-3, None), teacher_momentum=(0, 1),
+              head_layers=(0, None), predictor=(0, None), student_temp=(1e-3, None),
+              warmup_teacher_temp=(1e-3, None), teacher_temp=(1e-3, None), teacher_momentum=(0, 1),
               teacher_momentum_end=(0, 1), center_momentum=(0, 1),
               lr=(0, None), min_lr=(0, None), weight_decay=(0, None), weight_decay_end=(0, None),
               clip_grad=(0, None), freeze_last_layer=(0, None), log_every=(1, None),
-              knn_every=(0, None), eval_crop=(0.1, 1), checkpoint_minutes=(0, None))
+              knn_every=(0, None), eval_crop=(0.1, 1), checkpoint_minutes=(0, None),
+              checkpoint_steps=(0, None), accumulate=(1, None), loss_chunks=(1, None))
 CHOICES = dict(pos_embed_rule=('published', 'timm'), optimizer=('adamw', 'sgd'),
-               teacher_rule=('ema', 'previous_epoch', 'previous_iteration', 'student'),
-               device=('auto', 'cpu', 'cuda', 'mps'), precision=('auto', 'bfloat16', 'float32'))
+               teacher_rule=RULES, target=TARGETS, loss=('cross_entropy', 'mse'),
+               activation=('gelu', 'relu'), on_collapse=('warn', 'stop'),
+               cache=('none', 'device'), device=('auto', 'cpu', 'cuda', 'mps'),
+               precision=('auto', 'bfloat16', 'float16', 'float32', 'float64'))
 
 # %% ../nbs/19_settings.ipynb #51b68ddb
 @dataclass(kw_only=True)
@@ -125,7 +142,7 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
                 raise ValueError(f'epochs is {self.epochs:g}, less than {name}, which is '
                                  f'{getattr(self, name):g}; lower {name} or train longer.')
 
-# %% ../nbs/19_settings.ipynb #9086dbd5
+# %% ../nbs/19_settings.ipynb #ac2b2d28
 RECIPES = {
     'tiny': dict(
         backbone='vit_tiny_patch16_224', patch_size=8, embed_dim=96, depth=4, num_heads=3,
@@ -134,7 +151,7 @@ RECIPES = {
         blur_prob=(0., 0., 0.), batch_size=32, epochs=20, warmup_epochs=2, lr=8e-3,
         warmup_teacher_temp=0.025, teacher_temp=0.025, teacher_momentum=0.99,
         teacher_momentum_end=0.998,
-        eval_crop=1., knn_every=2.5),
+        eval_crop=1., knn_every=2.5, checkpoint_minutes=0.5),
     'vit_s16_100ep': dict(batch_size=512, epochs=100),
     'vit_s16_300ep': dict(
         batch_size=1024, epochs=300, norm_last_layer=False, warmup_teacher_temp=0.04,
@@ -202,13 +219,15 @@ def parse_settings(argv: list[str] | None = None # words of the command line; No
     typed = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in vars(typed).items()}
     return make_config(**{'recipe': 'tiny'} | typed)
 
-# %% ../nbs/19_settings.ipynb #689336c1
+# %% ../nbs/19_settings.ipynb #729d9db0
 def config_record(config: TrainConfig # settings of a run
                  ) -> dict:           # plain values, as JSON holds them
     "Return all settings as plain values that survive a round trip through JSON."
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
-FREE = ('out', 'overwrite', 'device', 'workers', 'log_every', 'checkpoint_minutes')
+FREE = ('out', 'overwrite', 'device', 'workers', 'log_every', 'checkpoint_minutes',
+        'checkpoint_steps', 'on_collapse', 'accumulate', 'loss_chunks', 'recompute',
+        'compile')
 
 def config_changes(old: dict, # record of the run that the folder holds
                    new: dict  # record of the run that was asked for

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'make_teacher', 'ema_update', 'half_life', 'TeacherRule']
 
-# %% ../nbs/16_teacher.ipynb #b4eaeceb
+# %% ../nbs/16_teacher.ipynb #68f9d653
 import copy
 import math
 
@@ -14,8 +14,9 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from .core import check_choice, check_range
+from .head import Predictor
 
-# %% ../nbs/16_teacher.ipynb #3232ca04
+# %% ../nbs/16_teacher.ipynb #cc3b7002
 _NOISE = {nn.Dropout: 'p', nn.Dropout1d: 'p', nn.Dropout2d: 'p', nn.Dropout3d: 'p',
           nn.AlphaDropout: 'p', nn.FeatureAlphaDropout: 'p', StochasticDepth: 'p',
           nn.MultiheadAttention: 'dropout'}
@@ -26,21 +27,36 @@ def _switch_off_noise(module: nn.Module):
     for name in names:
         if name and isinstance(getattr(module, name, None), float): setattr(module, name, 0.)
 
-# %% ../nbs/16_teacher.ipynb #0770f454
-def make_teacher(student: nn.Module # the network to copy
-                ) -> nn.Module:     # its copy: no gradients, no dropout, no drop path
-    "Return a teacher that starts equal to the student (DINO §3.1)."
-    return copy.deepcopy(student).requires_grad_(False).apply(_switch_off_noise)
+def _drop_predictor(module: nn.Module):
+    "Take a predictor out of the module that holds it."
+    for name, child in [*module.named_children()]:
+        if isinstance(child, Predictor): setattr(module, name, None)
 
-# %% ../nbs/16_teacher.ipynb #d794ab47
+# %% ../nbs/16_teacher.ipynb #abb8d309
+def make_teacher(student: nn.Module # the network to copy
+                ) -> nn.Module:     # its copy: no gradients, dropout, drop path or predictor
+    "Return a teacher that starts equal to the student (DINO §3.1)."
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    return teacher.apply(_switch_off_noise).apply(_drop_predictor)
+
+# %% ../nbs/16_teacher.ipynb #68db4162
 @torch.no_grad()
 def ema_update(teacher: nn.Module, # changed in place
-               student: nn.Module, # of the same architecture; unchanged
+               student: nn.Module, # has all parameters of the teacher; unchanged
                momentum: float     # share of the teacher that is kept, in [0, 1]
               ):
     "Move the teacher's parameters towards the student's (DINO Algorithm 1)."
     check_range('momentum', momentum, 0, 1)
-    torch._foreach_lerp_([*teacher.parameters()], [*student.parameters()], 1 - momentum)
+    torch._foreach_lerp_([*teacher.parameters()], _followed(teacher, student), 1 - momentum)
+
+def _followed(teacher, student):
+    "Return the student's parameters that the teacher has too, in the teacher's order."
+    ours = dict(student.named_parameters())
+    lacking = [name for name, _ in teacher.named_parameters() if name not in ours]
+    if lacking: raise ValueError(
+        f'the teacher has {len(lacking)} parameters that the student lacks ({lacking[0]} first); '
+        'make it with make_teacher(student).')
+    return [ours[name] for name, _ in teacher.named_parameters()]
 
 # %% ../nbs/16_teacher.ipynb #35261903
 def half_life(momentum: float # of the teacher or the center, in [0, 1)
@@ -49,7 +65,7 @@ def half_life(momentum: float # of the teacher or the center, in [0, 1)
     check_range('momentum', momentum, 0, math.nextafter(1, 0))
     return -math.log(2) / math.log(momentum) if momentum > 0 else 0.
 
-# %% ../nbs/16_teacher.ipynb #39cda800
+# %% ../nbs/16_teacher.ipynb #7ccbf2c1
 RULES = ('ema', 'previous_epoch', 'previous_iteration', 'student')
 
 class TeacherRule:
@@ -77,4 +93,4 @@ class TeacherRule:
     def _hand_over_previous(self, teacher, student):
         "Give the teacher the student of the last call, and remember the present one."
         if self.previous is not None: torch._foreach_copy_([*teacher.parameters()], self.previous)
-        self.previous = [p.detach().clone() for p in student.parameters()]
+        self.previous = [p.detach().clone() for p in _followed(teacher, student)]

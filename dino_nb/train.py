@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILES', 'open_data', 'run_folder', 'check_folder', 'clear_folder', 'knn_top1', 'baselines', 'attention_views',
-           'attention_jaccard', 'describe', 'say', 'draw', 'summarize', 'result_lines', 'sentences', 'check_device',
-           'prepare', 'resume', 'train', 'announce', 'main']
+           'attention_jaccard', 'describe', 'say', 'draw', 'summarize', 'result_lines', 'sentences',
+           'quiet_if_others_die', 'check_device', 'prepare', 'resume', 'train', 'publish', 'announce', 'main']
 
 # %% ../nbs/90_train.ipynb #7c167a79
 if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in globals():
@@ -14,7 +14,7 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
 
-# %% ../nbs/90_train.ipynb #1602b101
+# %% ../nbs/90_train.ipynb #42c6d2e7
 import json
 import os
 import platform
@@ -22,6 +22,7 @@ import shutil
 import sys
 import textwrap
 import time
+import warnings
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,18 +33,20 @@ import torch
 from . import __version__
 from .attention import attention_maps, best_head_jaccard, mass_mask, show_attention
 from .checkpoint import load_checkpoint
+from .collapse import check_config, suggest_recipe
 from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
                           probe_split)
-from .dist import World, close_dist, init_dist
+from .dist import World, close_dist, gather_list, init_dist, on_rank0
 from .features import eval_views
 from .knn import evaluate_knn, pixel_knn
-from .learner import Learner, build_student, plot_curves
+from .learner import Learner, build_student, count_workers, plot_curves
 from .settings import (TrainConfig, config_changes, config_record, parse_settings,
                               setting_docs)
 from .shapes import Shapes
+from .shards import is_shards, open_shards
 from .views import show_views
 
-# %% ../nbs/90_train.ipynb #d0f88bd8
+# %% ../nbs/90_train.ipynb #57d1a023
 def open_data(config: TrainConfig # settings of a run
              ) -> tuple[ImageSource, ImageSource | None, ImageSource | None]: # train, bank, test
     "Open the images to train on, and the bank and test images of k-NN where there are labels."
@@ -62,19 +65,20 @@ def open_data(config: TrainConfig # settings of a run
 
 def _open(folder):
     "The train and test images of a folder, after a look at some of them."
-    splits = find_splits(folder)
+    splits = (on_rank0(open_shards, folder), None) if is_shards(folder) else find_splits(folder)
     for source in splits:
         if source is not None: check_images(source)
     return splits
 
-# %% ../nbs/90_train.ipynb #967bd8b1
+# %% ../nbs/90_train.ipynb #07cbdfd6
 FILES = ('config.json', 'log.jsonl', 'summary.json', 'checkpoint.pt', 'checkpoint_last_good.pt',
-         'bad_files.txt', 'views.png', 'curves.png', 'attention.png')
+         'bad_files.txt', 'bad_steps.json', 'views.png', 'curves.png', 'attention.png')
 
 def run_folder(config: TrainConfig # settings of a run
               ) -> Path:           # its folder
     "Return the folder a run writes to."
-    return Path(config.out or f'runs/{Path(config.data).resolve().name}_{config.recipe}')
+    data = Path(config.data).parent if is_shards(config.data) else Path(config.data)
+    return Path(config.out or f'runs/{data.resolve().name}_{config.recipe}')
 
 # %% ../nbs/90_train.ipynb #0ef13cb0
 def check_folder(config: TrainConfig # settings of a run
@@ -96,24 +100,28 @@ def clear_folder(folder: Path): # a run's folder
     "Delete the files of a run, and nothing else."
     for name in FILES: (folder/name).unlink(missing_ok=True)
 
-# %% ../nbs/90_train.ipynb #5a042644
-def knn_top1(backbone,           # a network that turns images into features
-             bank: ImageSource,  # labelled images to look neighbours up in
-             test: ImageSource,  # labelled images to classify
-             config: TrainConfig # settings of the run
-            ) -> dict[int, float]: # k -> top-1 accuracy in [0, 1]
+# %% ../nbs/90_train.ipynb #c8349829
+def knn_top1(backbone,            # a network that turns images into features
+             bank: ImageSource,   # labelled images to look neighbours up in
+             test: ImageSource,   # labelled images to classify
+             config: TrainConfig, # settings of the run
+             world: World = World() # this process among all, which share the work
+            ) -> dict[int, float]:  # k -> top-1 accuracy in [0, 1]
     "Return the k-NN accuracy of a backbone's features."
-    found = evaluate_knn(backbone, bank, test, config.global_size, config.eval_crop)
+    n_workers = 0 if bank.images is not None else count_workers(config.workers)
+    found = evaluate_knn(backbone, bank, test, config.global_size, config.eval_crop, world=world,
+                         n_workers=n_workers)
     return {k: accuracy.top1 for k, accuracy in found.items()}
 
 def baselines(bank: ImageSource,  # labelled images to look neighbours up in
               test: ImageSource,  # labelled images to classify
               config: TrainConfig,  # settings of the run
-              device: torch.device  # where the network runs
+              world: World = World() # this process among all, which share the work
              ) -> dict[str, float]: # name -> 20-NN accuracy in [0, 1]
     "Return the 20-NN accuracy of raw pixels and of the randomly initialised backbone."
-    pixels = pixel_knn(bank, test, ks=(20,))
-    random_init = knn_top1(build_student(config).backbone.to(device), bank, test, config)
+    pixels = pixel_knn(bank, test, ks=(20,), world=world)
+    untrained = build_student(config).backbone.to(world.device)
+    random_init = knn_top1(untrained, bank, test, config, world)
     return {'raw pixels': pixels[20].top1, 'random init': random_init[20]}
 
 # %% ../nbs/90_train.ipynb #aec96c5c
@@ -125,15 +133,15 @@ def attention_views(images,             # uint8 images (3, H, W)
     doubled = 2 * size if isinstance(size, int) else tuple(2 * side for side in size)
     return eval_views(images, doubled, config.eval_crop)
 
-# %% ../nbs/90_train.ipynb #f3b9d246
+# %% ../nbs/90_train.ipynb #400a79b9
 def attention_jaccard(backbone,            # a vision transformer
                       shapes: Shapes,      # images with masks
                       config: TrainConfig, # settings of the run
-                      device: torch.device, # where the network runs
                       mass: float = 0.8    # share of the attention that makes the mask, in (0, 1]
                      ) -> dict[str, float]: # mean of heads, best head: each in [0, 1]
     "Return how well the masks of attention overlap with the objects (DINO appendix D)."
-    maps = attention_maps(backbone, attention_views(shapes.images, config).to(device)).cpu()
+    views = attention_views(shapes.images, config).to(next(backbone.parameters()))
+    maps = attention_maps(backbone, views).cpu()
     looks = {'mean of heads': maps.mean(1, keepdim=True), 'best head': maps}
     return {name: best_head_jaccard(mass_mask(look, mass), shapes.masks).mean().item()
             for name, look in looks.items()}
@@ -153,7 +161,7 @@ def say(world: World, *words):
     "Print on the first process only, at once."
     if world.is_main: print(*words, flush=True)
 
-# %% ../nbs/90_train.ipynb #97c4b9f0
+# %% ../nbs/90_train.ipynb #cfc6b89b
 def draw(run: Learner,      # a finished run
          rows: list[dict],  # its log
          folder: Path,      # where the figures go
@@ -167,12 +175,11 @@ def draw(run: Learner,      # a finished run
     save(plot_curves(rows, levels), 'curves.png')
     if not hasattr(run.teacher.backbone, 'blocks'): return
     views = attention_views([source[i] for i in indices], config)
-    maps = attention_maps(run.teacher.backbone, views.to(run.device))
+    maps = attention_maps(run.teacher.backbone, views.to(next(run.teacher.parameters())))
     save(show_attention(views, maps.cpu()), 'attention.png')
 
-# %% ../nbs/90_train.ipynb #3d371dc5
+# %% ../nbs/90_train.ipynb #76a76b0e
 def summarize(run: Learner,      # a finished run
-              rows: list[dict],  # its log
               bank: ImageSource | None, # labelled images; None: no k-NN
               test: ImageSource | None, # labelled images to classify
               levels: dict       # the baselines
@@ -181,21 +188,22 @@ def summarize(run: Learner,      # a finished run
     config, result = run.config, dict(recipe=run.config.recipe, data=run.config.data)
     if bank is not None:
         for name, network in [('teacher', run.teacher), ('student', run.student)]:
-            result[f'knn_{name}'] = knn_top1(network.backbone, bank, test, config)
+            result[f'knn_{name}'] = knn_top1(network.backbone, bank, test, config, run.world)
     result['baselines'] = levels
     if config.data == 'shapes' and hasattr(run.teacher.backbone, 'blocks'):
         untrained = build_student(config).backbone.to(run.device)
         result['attention_jaccard'] = {
-            name: attention_jaccard(backbone, Shapes(500, split='test'), config, run.device)
+            name: attention_jaccard(backbone, Shapes(500, split='test'), config)
             for name, backbone in [('teacher', run.teacher.backbone), ('random init', untrained)]}
     return result | dict(
-        verdict=rows[-1]['verdict'], steps=run.step, seconds=round(run.seconds, 1),
+        verdict=run.verdict.state, steps=run.step, skipped=run.skipped,
+        seconds=round(run.seconds, 1),
         images_per_second=round(run.step * config.batch_size / run.seconds, 1),
         bad_files=len(run.bad_files), device=str(run.device), dtype=str(run.dtype),
         processes=run.world.size, cores=os.cpu_count(), machine=platform.machine(),
         python=platform.python_version(), torch=torch.__version__, dino_nb=__version__)
 
-# %% ../nbs/90_train.ipynb #1da68856
+# %% ../nbs/90_train.ipynb #99457835
 def result_lines(summary: dict # as `summarize` returns it
                 ) -> str:      # some lines
     "Return the results of a run in words."
@@ -210,11 +218,13 @@ def result_lines(summary: dict # as `summarize` returns it
         for name in looks['teacher']:
             values = ', '.join(f'{network} {look[name]:.1%}' for network, look in looks.items())
             lines.append(f'attention Jaccard, {name}  {values}')
+    if n := summary['skipped']:
+        lines.append(f'{n} steps had gradients that are not finite and were left out')
     if n := summary['bad_files']:
         lines.append(f'{n} files could not be read and were left out; see bad_files.txt')
     return '\n'.join(lines)
 
-# %% ../nbs/90_train.ipynb #b50960cd
+# %% ../nbs/90_train.ipynb #9e00bec6
 @contextmanager
 def sentences(status: int, # exit status
               *errors):    # kinds of errors that are the user's to mend
@@ -223,8 +233,22 @@ def sentences(status: int, # exit status
     except errors as error:
         rank = int(os.environ.get('RANK', 0))
         if rank: time.sleep(5)  # torchrun ends all processes with the first: let rank 0 speak
-        else: print(f'dino_train: {error}', file=sys.stderr, flush=True)
+        else: print(f'dino_train: {error or "interrupted"}', file=sys.stderr, flush=True)
         raise SystemExit(status) from None
+
+# %% ../nbs/90_train.ipynb #9128242c
+@contextmanager
+def quiet_if_others_die(world: World): # this process among all
+    "End with status 1 and one line where an exchange failed because other processes are gone."
+    try: yield
+    except RuntimeError as error:
+        words = ('gloo', 'nccl', 'connection', 'peer', 'timed out', 'timeout')
+        if world.size == 1 or not any(word in str(error).lower() for word in words): raise
+        reason = str(error).strip().splitlines()[0]
+        if world.is_main: print('dino_train: the other processes are gone or do not answer; the '
+                                f'reason is in their output ({reason})', file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # without waiting for them
 
 # %% ../nbs/90_train.ipynb #b30aa2d7
 def check_device(name: str): # auto, cpu, cuda or mps
@@ -245,46 +269,62 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     train, bank, test = open_data(config)
     return Learner(config, train, world), bank, test, folder
 
-# %% ../nbs/90_train.ipynb #49918ece
+# %% ../nbs/90_train.ipynb #4a91e852
 def resume(run: Learner, # a new run
            folder: Path  # its folder
           ):
     "Make the folder this run's, or go on from the checkpoint it holds."
     if run.config.overwrite and run.world.is_main: clear_folder(folder)
-    if (folder/'checkpoint.pt').exists() and not run.config.overwrite:
-        run.load_state(load_checkpoint(folder/'checkpoint.pt', needs=run.state().keys()))
+    found = [(folder/name).exists() for name in FILES if name.startswith('checkpoint')]
+    if any(found) and not run.config.overwrite:
+        with warnings.catch_warnings(record=True, action='always') as notes:
+            run.load_state(load_checkpoint(folder/'checkpoint.pt', needs=run.state().keys()))
+        for note in notes: say(run.world, f'note: {note.message}')
         say(run.world, f'going on at step {run.step} of {run.n_steps}')
-    elif run.world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder/'config.json').write_text(json.dumps(config_record(run.config), indent=1))
+    if len(steps := set(gather_list([run.step]))) > 1:
+        raise ValueError(f'processes found checkpoints of different steps, {sorted(steps)}; '
+                         f'{folder} must be on a file system that all of them share.')
+    if run.step or not run.world.is_main: return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'config.json').write_text(json.dumps(config_record(run.config), indent=1))
 
-# %% ../nbs/90_train.ipynb #3a9e0f76
+# %% ../nbs/90_train.ipynb #338cf433
 def train(run: Learner,             # a new run
           bank: ImageSource | None, # labelled images; None: no k-NN
           test: ImageSource | None, # labelled images to classify
           folder: Path              # the run's folder
-         ) -> dict:                 # the results, as in summary.json
+         ) -> dict:                 # the results, as in summary.json; empty if it was stopped
     "Train, evaluate and draw; return the results."
-    config, world, tell = run.config, run.world, partial(say, run.world)
-    levels = baselines(bank, test, config, run.device) if bank and world.is_main else {}
+    config, tell = run.config, partial(say, run.world)
     with sentences(2, ValueError, OSError): resume(run, folder)
+    levels = baselines(bank, test, config, run.world) if bank else {}
     tell('20-NN before training:', ', '.join(f'{n} {v:.1%}' for n, v in levels.items()) or
          'no labels, so k-NN is left out; --probe names a folder of labelled images')
 
     def evaluate(run):
-        if not (levels and world.is_main): return {}
-        return dict(knn_teacher=knn_top1(run.teacher.backbone, bank, test, config)[20])
+        if not levels: return {}
+        found = knn_top1(run.teacher.backbone, bank, test, config, run.world)
+        return dict(knn_teacher=found[20])
 
     rows = run.fit(folder, evaluate, report=tell)
-    if not world.is_main: return {}
-    summary = summarize(run, rows, bank, test, levels)
-    (folder/'summary.json').write_text(json.dumps(summary, indent=1))
-    if run.bad_files: run.bad_files.write(folder/'bad_files.txt')
-    draw(run, rows, folder, levels)
-    tell(result_lines(summary))
+    if run.step < run.n_steps: return {}
+    summary = summarize(run, bank, test, levels)
+    if run.world.is_main: publish(run, rows, summary, folder)
     return summary
 
-# %% ../nbs/90_train.ipynb #b6125561
+def publish(run: Learner,     # a finished run
+            rows: list[dict], # its log
+            summary: dict,    # as `summarize` returns it
+            folder: Path      # the run's folder
+           ):
+    "Write a run's results and figures, and print the results."
+    (folder/'summary.json').write_text(json.dumps(summary, indent=1))
+    if run.bad_files: run.bad_files.write(folder/'bad_files.txt')
+    final = {name: summary[name][20] for name in summary if name.startswith('knn')}
+    draw(run, rows + [dict(epoch=run.epoch, **final)], folder, summary['baselines'])
+    say(run.world, result_lines(summary))
+
+# %% ../nbs/90_train.ipynb #dca7156a
 def announce(run: Learner, folder: Path):
     "Print what is about to be trained."
     tell, n_params = partial(say, run.world), sum(p.numel() for p in run.student.parameters())
@@ -292,22 +332,29 @@ def announce(run: Learner, folder: Path):
     tell(describe(run.config))
     tell(f'{len(run.source):,} images, {n_params/1e6:.1f} M parameters, {run.n_steps} steps, '
          f'{run.device} {run.dtype}, {run.world.size} process(es)')
+    for warning in check_config(run.config, len(run.source)): tell('warning:', warning)
     if run.n_steps < 1000:
         wanted = -(-1000 // run.steps_per_epoch)
         tell(f'note: {run.n_steps} steps are few; DINO needs thousands to learn anything. '
              f'With these images, --epochs {wanted} or more.')
 
+# %% ../nbs/90_train.ipynb #1e4eeb2b
 def main(argv: list[str] | None = None): # words of the command line; None: sys.argv
     "Train DINO on a folder of images, or on the embedded dataset (`dino_train --help`)."
-    with sentences(2, ValueError, OSError):
+    with sentences(2, ValueError, OSError), sentences(130, KeyboardInterrupt):
         run, bank, test, folder = prepare(argv)
-        if (folder/'summary.json').exists() and not run.config.overwrite:
-            say(run.world, f'{folder} holds this run, finished; --overwrite trains it again')
-            return say(run.world, result_lines(json.loads((folder/'summary.json').read_text())))
-    announce(run, folder)
-    with sentences(1, TooManyBadFiles, FloatingPointError): train(run, bank, test, folder)
-    say(run.world, f'figures, log and weights are in {folder}')
+    tell, results = partial(say, run.world), folder/'summary.json'
+    if results.exists() and not run.config.overwrite:
+        tell(f'{folder} holds this run, finished; --overwrite trains it again')
+        tell(result_lines(json.loads(results.read_text())))
+    else:
+        announce(run, folder)
+        errors = TooManyBadFiles, FloatingPointError, OSError
+        with (quiet_if_others_die(run.world), sentences(1, *errors),
+              sentences(130, KeyboardInterrupt)):
+            if train(run, bank, test, folder): tell(f'figures, log and weights are in {folder}')
     close_dist()
+    if run.given_up(): raise SystemExit(3)
 
 # %% ../nbs/90_train.ipynb #1a68e72e
 if __name__ == '__main__' and '__file__' in globals(): main()

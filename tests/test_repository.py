@@ -115,7 +115,8 @@ def test_import_needs_no_network_no_dev_package_and_no_faiss():
 def test_requirements_name_every_import():
     config = ConfigParser(delimiters=['='])
     config.read(ROOT/'settings.ini', encoding='utf-8')
-    required = set(re.findall(r'(?:^|\s)([\w-]+)', config['DEFAULT']['requirements']))
+    text = ' '.join(config['DEFAULT'][name] for name in ('requirements', 'shards_requirements'))
+    required = set(re.findall(r'(?:^|\s)([\w-]+)', text))
     called = {'faiss': 'faiss-cpu', 'PIL': 'pillow'} # where package and module differ
     used = {module.split('.')[0] for name in MODULES
             for module, _ in imports((ROOT/'dino_nb'/f'{name}.py').read_text(encoding='utf-8'))}

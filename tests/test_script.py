@@ -1,6 +1,7 @@
 "The script as a user starts it: real processes, real files, real kills."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,23 +85,170 @@ def test_workers_change_nothing(images, tmp_path):
     same_weights(tmp_path/'0', tmp_path/'2')
 
 
-def test_a_killed_run_goes_on_exactly(images, tmp_path):
-    command = MODULE + ['--data', images, '--checkpoint-minutes', '0'] + SMALL + [
-        '--depth', '2', '--drop-path-rate', '0.2', '--epochs', '8']
-    whole, killed = command + ['--out', 'whole'], command + ['--out', 'killed']
-    assert run(whole, tmp_path)[0] == 0
-    process = start(killed, tmp_path)
-    while not (tmp_path/'killed'/'checkpoint.pt').exists() and process.poll() is None: time.sleep(0.01)
+LONG = ['--depth', '2', '--drop-path-rate', '0.2', '--epochs', '16', '--checkpoint-steps', '3']
+
+
+def wait_for(path, process, text=''):
+    "Wait until a file of a running process holds a text"
+    while process.poll() is None and not (path.exists() and (not text or text in path.read_text())):
+        time.sleep(0.01)
+
+
+def same_run(a, b):
+    "Weights, moments, center and log are equal, bit for bit"
+    for part in ('student', 'teacher', 'dino_loss'): same_weights(a, b, part)
+    moments = [load_checkpoint(folder/'checkpoint.pt')['optimizer']['state'] for folder in (a, b)]
+    for i in moments[0]:
+        for name, value in moments[0][i].items(): assert torch.equal(value, moments[1][i][name])
+    logs = [[{k: v for k, v in json.loads(line).items() if k not in ('images_per_second', 'waiting')}
+             for line in (folder/'log.jsonl').read_text().splitlines()] for folder in (a, b)]
+    assert logs[0] == logs[1]
+
+
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory):
+    "A run that nobody interrupted"
+    folder = tmp_path_factory.mktemp('whole')
+    status, _, err = run(MODULE + ['--data', images, '--out', 'run'] + SMALL + LONG, folder)
+    assert status == 0, err
+    return folder/'run'
+
+
+@pytest.mark.xdist_group('whole')
+def test_a_killed_run_goes_on_exactly(images, whole, tmp_path):
+    command, folder = MODULE + ['--data', images, '--out', 'run'] + SMALL + LONG, tmp_path/'run'
+    process = start(command, tmp_path)
+    wait_for(folder/'checkpoint_last_good.pt', process)  # step 6, in the middle of an epoch
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not (tmp_path/'killed'/'summary.json').exists(), 'it was over before it could be killed'
-    status, out, err = run(killed, tmp_path)
+    assert not (folder/'summary.json').exists(), 'it was over before it could be killed'
+    status, out, err = run(command, tmp_path)
     assert status == 0 and 'going on at step' in out, err
-    for part in ('student', 'teacher', 'dino_loss'): same_weights(tmp_path/'whole', tmp_path/'killed', part)
-    logs = [[{k: v for k, v in json.loads(line).items() if k not in ('images_per_second', 'waiting')}
-             for line in (tmp_path/name/'log.jsonl').read_text().splitlines()]
-            for name in ('whole', 'killed')]
-    assert logs[0] == logs[1]
+    same_run(whole, folder)
+
+
+@pytest.mark.xdist_group('whole')
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1', 'SIGINT'])
+def test_a_signal_writes_a_checkpoint_and_leaves(images, whole, tmp_path, name):
+    command, folder = MODULE + ['--data', images, '--out', 'run'] + SMALL + LONG, tmp_path/'run'
+    process = start(command, tmp_path)
+    wait_for(folder/'log.jsonl', process, 'step')
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and f'{name}: stopped after step' in out and not err, err
+    stopped = int(out.split('stopped after step ')[1].split()[0])
+    assert load_checkpoint(folder/'checkpoint.pt')['step'] == stopped < 80
+    if name != 'SIGTERM': return  # the way back is the same for all
+    status, out, err = run(command, tmp_path)
+    assert status == 0 and f'going on at step {stopped}' in out, err
+    same_run(whole, folder)
+
+
+def test_the_second_ctrl_c_ends_at_once(images, tmp_path):
+    process = start(MODULE + ['--data', images, '--out', 'run', '--batch-size', '80'] + SMALL[8:]
+                    + ['--depth', '8', '--embed-dim', '384', '--accumulate', '80'], tmp_path)
+    wait_for(tmp_path/'run'/'log.jsonl', process)       # it is training; a step takes seconds
+    time.sleep(1)
+    for _ in range(2): process.send_signal(signal.SIGINT); time.sleep(0.1)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and 'Traceback' not in err and 'stopped after' not in out, err
+
+
+@pytest.mark.xdist_group('whole')
+def test_a_broken_checkpoint_is_replaced_by_the_one_before(images, whole, tmp_path):
+    command, folder = MODULE + ['--data', images, '--out', 'run'] + SMALL + LONG, tmp_path/'run'
+    process = start(command, tmp_path)
+    wait_for(folder/'checkpoint_last_good.pt', process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    data = (folder/'checkpoint_last_good.pt').read_bytes()
+    (folder/'checkpoint.pt').write_bytes(data[:len(data) // 2])
+    status, out, err = run(command, tmp_path)
+    assert status == 0 and 'cut short' in out and 'the one before it' in out and not err, err
+    same_run(whole, folder)
+    for name in ('checkpoint.pt', 'checkpoint_last_good.pt'): (folder/name).write_text('foreign')
+    (folder/'summary.json').unlink()
+    status, out, err = run(command, tmp_path)
+    assert status == 2 and 'no checkpoint' in err and len(err.strip().splitlines()) == 1, err
+
+
+def test_other_images_are_refused(images, tmp_path):
+    data, out = tmp_path/'data', tmp_path/'run'
+    shutil.copytree(images, data)
+    command = MODULE + ['--data', data, '--out', out] + SMALL
+    assert run(command, tmp_path)[0] == 0
+    (out/'summary.json').unlink()
+    next(data.rglob('*.jpg')).rename(data/'class_1'/'another.jpg')
+    status, _, err = run(command, tmp_path)
+    assert status == 2 and 'images changed' in err and len(err.strip().splitlines()) == 1, err
+
+
+EXACT = ['--precision', 'float64', '--epochs', '2', '--knn-every', '0', '--checkpoint-steps', '1']
+
+
+def test_the_number_of_processes_changes_nothing(images, tmp_path):
+    "One process, two, and two that cut their images in two parts: the same to 1e-10"
+    one, two = (start + ['--data', images] + SMALL + EXACT for start in
+                (MODULE, TORCHRUN + ['-m', 'dino_nb.train']))
+    commands = dict(one=one, two=two, parts=two + ['--accumulate', 2])
+    for name, command in commands.items():
+        status, _, err = run(command + ['--out', name], tmp_path)
+        assert status == 0, err
+    for name in ('two', 'parts'):
+        for part in ('student', 'teacher', 'dino_loss'):
+            same_weights(tmp_path/'one', tmp_path/name, part, atol=1e-10)
+
+
+def workers_of(process):
+    "The processes that torchrun started, by rank"
+    found = {}
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            parent = int((folder/'stat').read_text().rsplit(') ', 1)[1].split()[1])
+            env = (folder/'environ').read_bytes().split(b'\0')
+        except (OSError, ValueError): continue
+        rank = [int(word[5:]) for word in env if word.startswith(b'RANK=')]
+        if parent == process.pid and rank: found[rank[0]] = int(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
+def test_a_dying_rank_ends_the_job(images, tmp_path):
+    process = start(TORCHRUN + ['-m', 'dino_nb.train', '--data', images, '--out', 'run'] + SMALL + LONG
+                    + ['--epochs', '2000'], tmp_path)
+    wait_for(tmp_path/'run'/'checkpoint.pt', process)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
+    begin = time.time()
+    out, err = process.communicate(timeout=90)
+    assert process.returncode and time.time() - begin < 60, err
+    assert err.count('dino_train: the other processes are gone') == 1, err
+    assert 'SIGKILL' in err and 'dino_nb/learner.py' not in err, err  # torchrun's report, no traceback of ours
+
+
+@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
+@pytest.mark.parametrize('victim', [0, 1])
+def test_torchrun_restarts_a_run_that_lost_a_rank(images, tmp_path, victim):
+    words = ['-m', 'dino_nb.train', '--data', images, '--precision', 'float64'] + SMALL + LONG
+    assert run(TORCHRUN + words + ['--out', 'whole'], tmp_path)[0] == 0
+    process = start(TORCHRUN + ['--max-restarts', '1'] + words + ['--out', 'run'], tmp_path)
+    wait_for(tmp_path/'run'/'checkpoint_last_good.pt', process)
+    os.kill(workers_of(process)[victim], signal.SIGKILL)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and 'going on at step' in out, err
+    same_run(tmp_path/'whole', tmp_path/'run')
+
+
+@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
+def test_a_signal_stops_two_processes_after_the_same_step(images, tmp_path):
+    words = ['-m', 'dino_nb.train', '--data', images, '--precision', 'float64'] + SMALL + LONG
+    command = TORCHRUN + words + ['--out', 'run']
+    process = start(command, tmp_path)
+    wait_for(tmp_path/'run'/'log.jsonl', process, 'step')
+    os.kill(workers_of(process)[1], signal.SIGUSR1)         # only one of them hears it
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0 and 'stopped after step' in out, err
+    status, out, err = run(command, tmp_path)
+    assert status == 0 and 'going on at step' in out, err
 
 
 @pytest.fixture
