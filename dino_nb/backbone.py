@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['resample_positions', 'DINOViT', 'create_backbone', 'Tokens', 'backbone_tokens', 'set_fused_attention']
 
-# %% ../nbs/14_backbone.ipynb #1a626545
+# %% ../nbs/14_backbone.ipynb #f3f88299
 import difflib
 import re
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from .core import check_choice, check_range
@@ -34,7 +34,7 @@ def resample_positions(positions: torch.Tensor,    # table (1, n_prefix + N, D)
     patches = F.interpolate(patches, scale_factor=scale, mode='bicubic')
     return torch.cat([prefix, patches.flatten(2).mT], 1)
 
-# %% ../nbs/14_backbone.ipynb #af8051c2
+# %% ../nbs/14_backbone.ipynb #6ddb462b
 class DINOViT(VisionTransformer):
     "timm's ViT with position embeddings resampled by the published rule."
     def _pos_embed(self, patches: torch.Tensor) -> torch.Tensor:
@@ -49,6 +49,17 @@ class DINOViT(VisionTransformer):
         if self.no_embed_class: tokens = torch.cat([*prefix, tokens + positions], 1)
         else: tokens = torch.cat([*prefix, tokens], 1) + positions
         return self.pos_drop(tokens)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        "Return the features (B, D), without work on patches that nobody will read."
+        last = self.blocks[-1]
+        if self.global_pool != 'token' or self.grad_checkpointing or type(last) is not Block:
+            return super().forward(images)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        for block in self.blocks[:-1]: x = block(x)
+        x = x[:, :1] + last.drop_path1(last.ls1(last.attn(last.norm1(x))))[:, :1]
+        x = x + last.drop_path2(last.ls2(last.mlp(last.norm2(x))))
+        return self.forward_head(self.norm(x))
 
 # %% ../nbs/14_backbone.ipynb #99e0103f
 def _check_image_size(patch_embed: PatchEmbed, inputs: tuple):
