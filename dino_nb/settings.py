@@ -142,13 +142,13 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
                 raise ValueError(f'epochs is {self.epochs:g}, less than {name}, which is '
                                  f'{getattr(self, name):g}; lower {name} or train longer.')
 
-# %% ../nbs/19_settings.ipynb #ac2b2d28
+# %% ../nbs/19_settings.ipynb #51a6f54c
 RECIPES = {
     'tiny': dict(
         backbone='vit_tiny_patch16_224', patch_size=8, embed_dim=96, depth=4, num_heads=3,
         drop_path_rate=0., out_dim=256, hidden_dim=256, bottleneck_dim=128,
         global_size=40, local_size=24, n_local=2, local_scale=(0.15, 0.5), hue=0.5,
-        blur_prob=(0., 0., 0.), batch_size=32, epochs=20, warmup_epochs=2, lr=8e-3,
+        blur_prob=(0., 0., 0.), batch_size=32, epochs=22, warmup_epochs=2, lr=8e-3,
         warmup_teacher_temp=0.025, teacher_temp=0.025, teacher_momentum=0.99,
         teacher_momentum_end=0.998,
         eval_crop=1., knn_every=2.5, checkpoint_minutes=0.5),

@@ -40,7 +40,8 @@ signal.signal(signal.SIGUSR1, stop)
 names = 'RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT'.split()
 out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])
 out.mkdir(parents=True, exist_ok=True)
-(out/f'task_{os.environ["RANK"]}').write_text(' '.join([os.environ[n] for n in names] + sys.argv[1:]))
+words = [os.environ[n] for n in names] + sys.argv[1:]
+(out/f'task_{os.environ["RANK"]}').write_text(' '.join(words))
 time.sleep(float(os.environ['SECONDS_TO_TRAIN']))
 if os.environ['RANK'] == '0': (out/'summary.json').touch()
 sys.exit(int(os.environ.get('STATUS', 0)))
@@ -95,11 +96,13 @@ def test_sbatch_queues_an_interrupted_run_again(cluster, tmp_path):
 
 def test_sbatch_with_the_real_script(cluster, tmp_path):
     "Two processes are told to stop in the middle; the job is queued again and goes on to the end"
-    (tmp_path/'bin'/'dino_train').write_text(f'#!/bin/bash\nexec {sys.executable} -m dino_nb.train "$@"')
+    script = f'#!/bin/bash\nexec {sys.executable} -m dino_nb.train "$@"'
+    (tmp_path/'bin'/'dino_train').write_text(script)
     words = ('run --device cpu --depth 1 --embed-dim 48 --num-heads 2 --epochs 8 --log-every 5 '
              '--knn-every 0 --data').split() + ['shards/{000000..000002}.tar']
     for i, image in enumerate(Shapes(60, size=24).images):
-        (tmp_path/'images').mkdir(exist_ok=True); to_pil_image(image).save(tmp_path/'images'/f'{i}.png')
+        (tmp_path/'images').mkdir(exist_ok=True)
+        to_pil_image(image).save(tmp_path/'images'/f'{i}.png')
     make = [sys.executable, EXAMPLES/'make_shards.py', 'images', 'shards', '25']
     assert subprocess.run(make, cwd=tmp_path, capture_output=True).returncode == 0
     log = tmp_path/'run'/'log.jsonl'
@@ -107,7 +110,8 @@ def test_sbatch_with_the_real_script(cluster, tmp_path):
     while process.poll() is None and not (log.exists() and log.read_text()): time.sleep(0.05)
     for pid in (tmp_path/'pids').read_text().split(): os.kill(int(pid), signal.SIGUSR1)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and 'not finished' in out and cluster.calls()[-1] == 'requeue 77', err
+    assert process.returncode == 0 and 'not finished' in out, err
+    assert cluster.calls()[-1] == 'requeue 77'
     process = cluster(*words, '--batch-size', '4', MPLBACKEND='agg')
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and 'going on at step' in out, err
@@ -125,7 +129,8 @@ def test_sbatch_does_not_queue_a_failed_run_again(cluster):
 
 def test_torchrun_on_two_machines(tmp_path):
     "The command of README.md, twice on this machine, for a script that meets and adds"
-    command = re.search(r'^torchrun .*? -m ', (EXAMPLES/'README.md').read_text(), flags=re.S | re.M)[0]
+    text = (EXAMPLES/'README.md').read_text()
+    command = re.search(r'^torchrun .*? -m ', text, flags=re.S | re.M)[0]
     words = command.replace('\\\n', ' ').split()[1:-1]
     changed = {'--nproc-per-node=8': '--nproc-per-node=1', '--max-restarts=3': '--max-restarts=0',
                '--rdzv-endpoint=node0:29400': '--rdzv-endpoint=localhost:29417'}
@@ -151,8 +156,10 @@ def test_make_shards(tmp_path):
         to_pil_image(image).save(tmp_path/'images'/f'class_{label}'/f'{i}.{kinds[i % 8]}')
     command = [sys.executable, EXAMPLES/'make_shards.py', 'images', 'shards', '10']
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 0 and "--data 'shards/{000000..000002}.tar'" in done.stdout, done.stderr
-    source, files = open_shards(tmp_path/'shards'/'{000000..000002}.tar'), open_images(tmp_path/'images')
+    assert done.returncode == 0, done.stderr
+    assert "--data 'shards/{000000..000002}.tar'" in done.stdout
+    source = open_shards(tmp_path/'shards'/'{000000..000002}.tar')
+    files = open_images(tmp_path/'images')
     look = lambda images: sorted((int(images.labels[i]), images[i].tolist()) for i in range(25))
     assert look(source) == look(files)
     assert source.labels.tolist() != sorted(source.labels.tolist()), 'not shuffled'

@@ -85,6 +85,7 @@ def test_workers_change_nothing(images, tmp_path):
     same_weights(tmp_path/'0', tmp_path/'2')
 
 
+PACE = ('images_per_second', 'waiting')
 LONG = ['--depth', '2', '--drop-path-rate', '0.2', '--epochs', '16', '--checkpoint-steps', '3']
 
 
@@ -100,7 +101,7 @@ def same_run(a, b):
     moments = [load_checkpoint(folder/'checkpoint.pt')['optimizer']['state'] for folder in (a, b)]
     for i in moments[0]:
         for name, value in moments[0][i].items(): assert torch.equal(value, moments[1][i][name])
-    logs = [[{k: v for k, v in json.loads(line).items() if k not in ('images_per_second', 'waiting')}
+    logs = [[{k: v for k, v in json.loads(line).items() if k not in PACE}
              for line in (folder/'log.jsonl').read_text().splitlines()] for folder in (a, b)]
     assert logs[0] == logs[1]
 
@@ -214,15 +215,15 @@ def workers_of(process):
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
 def test_a_dying_rank_ends_the_job(images, tmp_path):
-    process = start(TORCHRUN + ['-m', 'dino_nb.train', '--data', images, '--out', 'run'] + SMALL + LONG
-                    + ['--epochs', '2000'], tmp_path)
+    words = ['--data', images, '--out', 'run'] + SMALL + LONG + ['--epochs', '2000']
+    process = start(TORCHRUN + ['-m', 'dino_nb.train'] + words, tmp_path)
     wait_for(tmp_path/'run'/'checkpoint.pt', process)
     os.kill(workers_of(process)[1], signal.SIGKILL)
     begin = time.time()
     out, err = process.communicate(timeout=90)
     assert process.returncode and time.time() - begin < 60, err
     assert err.count('dino_train: the other processes are gone') == 1, err
-    assert 'SIGKILL' in err and 'dino_nb/learner.py' not in err, err  # torchrun's report, no traceback of ours
+    assert 'SIGKILL' in err and 'dino_nb/learner.py' not in err, err  # no traceback of ours
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
@@ -269,7 +270,8 @@ BAD = [('--data nowhere', 'nowhere'), ('--data empty', 'empty'), ('--data page.p
        ('--teacher-tmp 0.04', 'did you mean --teacher-temp'), ('--epochs many', 'many'),
        ('--epochs 1', 'warmup_epochs'), ('--teacher-temp 0', 'teacher_temp'),
        ('--teacher-momentum 1.01', 'teacher_momentum'), ('--center-momentum -1', 'center_momentum'),
-       ('--out taken', 'taken'), ('--out taken --overwrite', 'taken'), ('--probe nowhere', 'nowhere'),
+       ('--out taken', 'taken'), ('--out taken --overwrite', 'taken'),
+       ('--probe nowhere', 'nowhere'),
        ('--global-size 50', '50'), ('--local-scale 0.5 0.1', 'local_scale'),
        ('--n-local -1', 'n_local'), ('--device cuda', 'cuda')]
 

@@ -75,7 +75,7 @@ def test_workers_change_nothing(data):
 
 
 def same_weights(a, b, atol=0.):
-    a, b = load_checkpoint(a/'checkpoint.pt')['teacher'], load_checkpoint(b/'checkpoint.pt')['teacher']
+    a, b = (load_checkpoint(folder/'checkpoint.pt')['teacher'] for folder in (a, b))
     for name in a: torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
 
 
@@ -124,10 +124,13 @@ def test_resume_in_the_middle_of_an_epoch(data):
         train.Learner(config, open_shards(data/'shards'/'{000..018}.tar')).load_state(first.state())
 
 
-BAD = [('missing/{000..003}.tar', '4 of 4 shards cannot be used'), ('cut.tar', 'cut.tar (unexpected end'),
-       ('photo.tar', 'photo.tar ('), ('words.tar', 'no member is named like'), ('*_.tar', 'No such'),
+BAD = [('missing/{000..003}.tar', '4 of 4 shards cannot be used'),
+       ('cut.tar', 'cut.tar (unexpected end'),
+       ('photo.tar', 'photo.tar ('), ('words.tar', 'no member is named like'),
+       ('*_.tar', 'No such'),
        ('shards.tar.gz', 'unpack'), ('https://some.where/{0..9}.tar', 'stream'),
-       ('pipe:cat a.tar', 'stream'), ('{000..099.tar', 'braces'), ('spoiled.tar', '10 of 10 images')]
+       ('pipe:cat a.tar', 'stream'), ('{000..099.tar', 'braces'),
+       ('spoiled.tar', '10 of 10 images')]
 
 
 @pytest.mark.parametrize('pattern,sentence', BAD, ids=[pattern for pattern, _ in BAD])
