@@ -43,16 +43,21 @@ def _local_device(device, local_rank, local_size):
         torch.set_num_threads(max(1, os.cpu_count() // local_size))
     return torch.device('cpu')
 
-# %% ../nbs/21_dist.ipynb #c84a6a46
+# %% ../nbs/21_dist.ipynb #47599ba3
 PATIENCE = timedelta(minutes=10) # how long a process waits for the others in an exchange
 
 def _join(backend: str):
     "Meet the other processes in the store that the environment names."
-    store, rank, size = next(dist.rendezvous('env://', timeout=PATIENCE))
-    if os.environ.get('LOCAL_WORLD_SIZE') == str(size):
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
-        store = dist.PrefixStore(f'attempt {attempt}', store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    try:
+        store, rank, size = next(dist.rendezvous('env://', timeout=PATIENCE))
+        if os.environ.get('LOCAL_WORLD_SIZE') == str(size):
+            attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')
+            store = dist.PrefixStore(f'attempt {attempt}', store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    except RuntimeError as error:
+        raise ValueError(f'the {os.environ["WORLD_SIZE"]} processes did not meet within '
+                         f'{PATIENCE.total_seconds() / 60:g} minutes; check that all were started, '
+                         'and MASTER_ADDR and MASTER_PORT.') from error
 
 def init_dist(device: torch.device | str | None = None # cpu, cuda or mps; None: the best there is
              ) -> World:                               # this process among all

@@ -6,7 +6,7 @@
 __all__ = ['MAX_IN_A_ROW', 'build_student', 'run_schedules', 'forward_backward', 'split_views', 'train_step', 'Learner',
            'count_workers', 'check_divides', 'format_row', 'plot_curves']
 
-# %% ../nbs/23_learner.ipynb #a67a968e
+# %% ../nbs/23_learner.ipynb #da9d787a
 import inspect
 import json
 import os
@@ -27,7 +27,7 @@ from .checkpoint import CheckpointWriter, StopSignals, read_log, write_log
 from .collapse import CollapseDoctor, collapse_stats
 from .core import autocast, default_dtype, default_of, generator, set_seed
 from .data import BadFiles, ImageSource
-from .dist import StepSampler, World, all_any, all_mean, gather_list
+from .dist import StepSampler, World, all_any, all_mean, all_mean_later, gather_list
 from .head import DINOHead, Predictor
 from .loss import DINOLoss
 from .multicrop import MultiCropWrapper
@@ -36,6 +36,7 @@ from .optim import (apply_schedule, clip_gradients, freeze_last_layer, make_opti
 from .schedules import Schedules, make_schedules
 from .settings import TrainConfig, config_record
 from .shards import epoch_order
+from .softmax import at_least_float32
 from .teacher import TeacherRule, make_teacher
 from .views import cache_images, file_views, memory_views, prefetch
 
@@ -63,25 +64,27 @@ def run_schedules(config: TrainConfig, # settings of a run
     names = inspect.signature(make_schedules).parameters.keys() - {'steps_per_epoch'}
     return make_schedules(steps_per_epoch, **{name: getattr(config, name) for name in names})
 
-# %% ../nbs/23_learner.ipynb #31a60ddd
+# %% ../nbs/23_learner.ipynb #0ce2e5a4
 def forward_backward(run: 'Learner',            # models and loss
                      views: list[torch.Tensor], # of some images: (2b, 3, H, W), (L·b, 3, h, w)
                      teacher_temp: float,       # of this step
                      measure: bool = False,     # also compute the numbers for the log
                      last: bool = True          # the last images of the step?
-                    ) -> tuple[torch.Tensor, dict]: # teacher's logits (2b, K), measured numbers
+                    ) -> tuple:          # function that returns the mean of the teacher's logits
+                                         # over all processes (1, K); measured numbers
     "Add the gradients of some images' loss to the student's."
     with nullcontext() if last or run.world.size == 1 else run.model.no_sync():
         with autocast(run.device, run.dtype):
             with torch.no_grad():
                 features = run.teacher.backbone(views[0])
                 teacher_logits = run.teacher.head(features)
+            mean = all_mean_later(at_least_float32(teacher_logits).mean(0, keepdim=True))
             student_logits = run.model(views)
         loss = run.loss_fn(student_logits, teacher_logits, teacher_temp, all_mean)
         run.scaler.scale(loss / run.config.accumulate).backward()
-    if not measure: return teacher_logits, {}
-    return teacher_logits, collapse_stats(student_logits.detach(), teacher_logits, run.loss_fn,
-                                          teacher_temp, all_mean, features.float())
+    if not measure: return mean, {}
+    return mean, collapse_stats(student_logits.detach(), teacher_logits, run.loss_fn,
+                                teacher_temp, all_mean, features.float())
 
 # %% ../nbs/23_learner.ipynb #083ffe79
 def split_views(views: list[torch.Tensor], # (2B, 3, H, W), and (L·B, 3, h, w) if there are any
@@ -93,7 +96,7 @@ def split_views(views: list[torch.Tensor], # (2B, 3, H, W), and (L·B, 3, h, w) 
     groups = [view.unflatten(0, (-1, n_images)).chunk(n, dim=1) for view in views]
     return [[group.flatten(0, 1) for group in part] for part in zip(*groups)]
 
-# %% ../nbs/23_learner.ipynb #ecb4df71
+# %% ../nbs/23_learner.ipynb #f0515056
 def train_step(run: 'Learner',            # models, loss, optimizer and schedules
                views: list[torch.Tensor], # global crops (2B, 3, H, W), local crops (L·B, 3, h, w)
                measure: bool = False      # also compute the numbers for the log
@@ -105,14 +108,14 @@ def train_step(run: 'Learner',            # models, loss, optimizer and schedule
 
     run.optimizer.zero_grad(set_to_none=True)
     parts = split_views(views, config.accumulate)
-    logits, measured = zip(*(forward_backward(run, part, now['teacher_temp'], measure,
-                                              last=part is parts[-1]) for part in parts))
+    means, measured = zip(*(forward_backward(run, part, now['teacher_temp'], measure,
+                                             last=part is parts[-1]) for part in parts))
     run.scaler.unscale_(run.optimizer)
     norms = clip_gradients(run.student.parameters(), config.clip_grad)
     if run.epoch < config.freeze_last_layer: freeze_last_layer(run.student)
     run.flags.append(step_if_finite(run.optimizer, norms, run.scaler))
 
-    run.loss_fn.update_center(torch.cat(logits), reduce=all_mean)
+    run.loss_fn.update_center(sum(mean() for mean in means) / len(parts))
     run.teacher_rule.update(run.teacher, run.student, now['teacher_momentum'], run.step,
                             run.steps_per_epoch)
     return {name: sum(part[name] for part in measured) / len(parts) for name in measured[0]}

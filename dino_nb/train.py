@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FILES', 'open_data', 'run_folder', 'check_folder', 'clear_folder', 'knn_top1', 'baselines', 'attention_views',
-           'attention_jaccard', 'describe', 'say', 'draw', 'summarize', 'result_lines', 'sentences',
+           'attention_scores', 'describe', 'say', 'draw', 'summarize', 'result_lines', 'sentences',
            'quiet_if_others_die', 'check_device', 'prepare', 'resume', 'train', 'publish', 'announce', 'main']
 
 # %% ../nbs/90_train.ipynb #7c167a79
@@ -14,7 +14,7 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
 
-# %% ../nbs/90_train.ipynb #42c6d2e7
+# %% ../nbs/90_train.ipynb #7fd57995
 import json
 import os
 import platform
@@ -31,7 +31,8 @@ import matplotlib.pyplot as plt
 import torch
 
 from . import __version__
-from .attention import attention_maps, best_head_jaccard, mass_mask, show_attention
+from .attention import (attention_maps, attention_share, best_head_jaccard, mass_mask,
+                               show_attention)
 from .checkpoint import load_checkpoint
 from .collapse import check_config, suggest_recipe
 from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
@@ -133,18 +134,20 @@ def attention_views(images,             # uint8 images (3, H, W)
     doubled = 2 * size if isinstance(size, int) else tuple(2 * side for side in size)
     return eval_views(images, doubled, config.eval_crop)
 
-# %% ../nbs/90_train.ipynb #400a79b9
-def attention_jaccard(backbone,            # a vision transformer
-                      shapes: Shapes,      # images with masks
-                      config: TrainConfig, # settings of the run
-                      mass: float = 0.8    # share of the attention that makes the mask, in (0, 1]
-                     ) -> dict[str, float]: # mean of heads, best head: each in [0, 1]
-    "Return how well the masks of attention overlap with the objects (DINO appendix D)."
+# %% ../nbs/90_train.ipynb #f6785724
+def attention_scores(backbone,            # a vision transformer
+                     shapes: Shapes,      # images with masks
+                     config: TrainConfig, # settings of the run
+                     mass: float = 0.8    # share of the attention that makes a mask, in (0, 1]
+                    ) -> dict[str, float]: # name -> mean over the images, in [0, 1]
+    "Return how much of the attention lies on the objects, and how well its masks overlap them."
     views = attention_views(shapes.images, config).to(next(backbone.parameters()))
     maps = attention_maps(backbone, views).cpu()
-    looks = {'mean of heads': maps.mean(1, keepdim=True), 'best head': maps}
-    return {name: best_head_jaccard(mass_mask(look, mass), shapes.masks).mean().item()
-            for name, look in looks.items()}
+    def overlap(maps): return best_head_jaccard(mass_mask(maps, mass), shapes.masks)
+    scores = {'share on the object': attention_share(maps, shapes.masks),
+              'Jaccard, mean of heads': overlap(maps.mean(1, keepdim=True)),
+              'Jaccard, best head': overlap(maps)}
+    return {name: score.mean().item() for name, score in scores.items()}
 
 # %% ../nbs/90_train.ipynb #8b18d7ef
 def describe(config: TrainConfig # settings of a run
@@ -178,7 +181,7 @@ def draw(run: Learner,      # a finished run
     maps = attention_maps(run.teacher.backbone, views.to(next(run.teacher.parameters())))
     save(show_attention(views, maps.cpu()), 'attention.png')
 
-# %% ../nbs/90_train.ipynb #76a76b0e
+# %% ../nbs/90_train.ipynb #e4d90b36
 def summarize(run: Learner,      # a finished run
               bank: ImageSource | None, # labelled images; None: no k-NN
               test: ImageSource | None, # labelled images to classify
@@ -192,8 +195,8 @@ def summarize(run: Learner,      # a finished run
     result['baselines'] = levels
     if config.data == 'shapes' and hasattr(run.teacher.backbone, 'blocks'):
         untrained = build_student(config).backbone.to(run.device)
-        result['attention_jaccard'] = {
-            name: attention_jaccard(backbone, Shapes(500, split='test'), config)
+        result['attention'] = {
+            name: attention_scores(backbone, Shapes(500, split='test'), config)
             for name, backbone in [('teacher', run.teacher.backbone), ('random init', untrained)]}
     return result | dict(
         verdict=run.verdict.state, steps=run.step, skipped=run.skipped,
@@ -203,7 +206,7 @@ def summarize(run: Learner,      # a finished run
         processes=run.world.size, cores=os.cpu_count(), machine=platform.machine(),
         python=platform.python_version(), torch=torch.__version__, dino_nb=__version__)
 
-# %% ../nbs/90_train.ipynb #99457835
+# %% ../nbs/90_train.ipynb #c2296372
 def result_lines(summary: dict # as `summarize` returns it
                 ) -> str:      # some lines
     "Return the results of a run in words."
@@ -214,10 +217,10 @@ def result_lines(summary: dict # as `summarize` returns it
         if accuracy := summary.get(f'knn_{name}'):
             value = {int(k): v for k, v in accuracy.items()}[20]
             lines.append(f'20-NN accuracy  {name} {value:.1%}  ({levels})')
-    if looks := summary.get('attention_jaccard'):
+    if looks := summary.get('attention'):
         for name in looks['teacher']:
             values = ', '.join(f'{network} {look[name]:.1%}' for network, look in looks.items())
-            lines.append(f'attention Jaccard, {name}  {values}')
+            lines.append(f'attention: {name}  {values}')
     if n := summary['skipped']:
         lines.append(f'{n} steps had gradients that are not finite and were left out')
     if n := summary['bad_files']:

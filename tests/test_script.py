@@ -78,6 +78,12 @@ def test_two_processes(images, tmp_path, script):
     same_weights(tmp_path/'one', tmp_path/'two', atol=2e-3)
 
 
+def test_a_batch_that_two_processes_cannot_share(images, tmp_path):
+    command = TORCHRUN + ['-m', 'dino_nb.train', '--data', images] + SMALL + ['--batch-size', '15']
+    status, out, err = run(command, tmp_path)
+    assert status and err.count('15, which 2 processes cannot share equally; make it 14') == 1, err
+
+
 def test_workers_change_nothing(images, tmp_path):
     for workers in (0, 2):
         command = MODULE + ['--data', images, '--out', workers] + SMALL + ['--workers', workers]
@@ -173,6 +179,22 @@ def test_a_broken_checkpoint_is_replaced_by_the_one_before(images, whole, tmp_pa
     assert status == 2 and 'no checkpoint' in err and len(err.strip().splitlines()) == 1, err
 
 
+@pytest.mark.xdist_group('whole')
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs a device that is always full')
+def test_a_full_disk_stops_nothing(images, whole, tmp_path):
+    command, folder = MODULE + ['--data', images, '--out', 'run'] + SMALL + LONG, tmp_path/'run'
+    process = start(command, tmp_path)
+    wait_for(folder/'checkpoint.pt', process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (folder/'checkpoint.pt.tmp').unlink(missing_ok=True)
+    (folder/'checkpoint.pt.tmp').symlink_to('/dev/full')   # the next checkpoint does not fit
+    status, out, err = run(command, tmp_path)
+    assert status == 0 and not err, err
+    assert out.count('could not be written') == 1 and 'what was there is kept' in out, out
+    same_run(whole, folder)
+
+
 def test_other_images_are_refused(images, tmp_path):
     data, out = tmp_path/'data', tmp_path/'run'
     shutil.copytree(images, data)
@@ -227,13 +249,12 @@ def test_a_dying_rank_ends_the_job(images, tmp_path):
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
-@pytest.mark.parametrize('victim', [0, 1])
-def test_torchrun_restarts_a_run_that_lost_a_rank(images, tmp_path, victim):
+def test_torchrun_restarts_a_run_that_lost_a_rank(images, tmp_path):
     words = ['-m', 'dino_nb.train', '--data', images, '--precision', 'float64'] + SMALL + LONG
     assert run(TORCHRUN + words + ['--out', 'whole'], tmp_path)[0] == 0
     process = start(TORCHRUN + ['--max-restarts', '1'] + words + ['--out', 'run'], tmp_path)
     wait_for(tmp_path/'run'/'checkpoint_last_good.pt', process)
-    os.kill(workers_of(process)[victim], signal.SIGKILL)
+    os.kill(workers_of(process)[0], signal.SIGKILL)         # the one that writes
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and 'going on at step' in out, err
     same_run(tmp_path/'whole', tmp_path/'run')
