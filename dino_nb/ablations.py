@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'N_TRAIN', 'N_TEST', 'BASE', 'TABLES', 'DURATIONS', 'COLUMNS', 'TEXTS', 'Table', 'run_settings',
-           'ridge_accuracy', 'judge', 'accuracies', 'diagnose', 'last_words', 'run_row', 'config_id', 'origin',
-           'append_row', 'read_rows', 'missing_runs', 'copy_known', 'start_run', 'why_dead', 'do_runs', 'result_line',
-           'parse_options', 'main', 'complain']
+           'ridge_accuracy', 'judge', 'diagnose', 'run_row', 'config_id', 'append_row', 'read_rows', 'missing_runs',
+           'copy_known', 'do_runs', 'main']
 
 # %% ../nbs/40_ablations.ipynb #74b10e53
 import argparse
@@ -194,11 +193,11 @@ def judge(backbone,           # a network that turns images into features
     knn = knn_accuracy(known, labels[0], asked, labels[1], ks=(20,))
     return knn[20].top1, ridge_accuracy(known, labels[0], asked, labels[1])
 
-# %% ../nbs/40_ablations.ipynb #bfe0bc11
-def accuracies(run: Learner,       # a finished run
-               train: ImageSource, # labelled images to learn from
-               test: ImageSource   # labelled images to classify
-              ) -> dict[str, float]: # column -> accuracy in [0, 1]
+# %% ../nbs/40_ablations.ipynb #8ab9a066
+def _accuracies(run: Learner,       # a finished run
+                train: ImageSource, # labelled images to learn from
+                test: ImageSource   # labelled images to classify
+               ) -> dict[str, float]: # column -> accuracy in [0, 1]
     "Judge teacher, student, and what they have to be compared with."
     found, untrained = {}, build_student(run.config)
     for name, network in dict(teacher=run.teacher, student=run.student, init=untrained).items():
@@ -214,15 +213,15 @@ def diagnose(log: list[dict] # rows of a run's log
     doctor = CollapseDoctor(patience=n_steps // 4, warmup_steps=n_steps // 2)
     return [doctor.update(row).state for row in log][-1]
 
-# %% ../nbs/40_ablations.ipynb #997da762
-def last_words(log: list[dict] # rows of a run's log
-              ) -> dict:       # column -> value
+# %% ../nbs/40_ablations.ipynb #3a6ad916
+def _last_words(log: list[dict] # rows of a run's log
+               ) -> dict:       # column -> value
     "Return how the targets were at the end of a run: nats, and the doctor's word."
     end = log[-1]
     return dict(entropy=end['teacher_entropy'], kl=end['kl'], ln_k=end['ln_k'],
                 information=end['mean_entropy'] - end['teacher_entropy'], verdict=diagnose(log))
 
-# %% ../nbs/40_ablations.ipynb #c772ccf4
+# %% ../nbs/40_ablations.ipynb #f14b0143
 def run_row(table: str,  # a name from TABLES
             row: str,    # a label of its rows
             seed: int,   # at least 0
@@ -239,18 +238,18 @@ def run_row(table: str,  # a name from TABLES
         raise InterruptedError(f'a signal stopped it after step {run.step} of {run.n_steps}.')
     found = dict(table=table, row=row, seed=seed, epochs=epochs, steps=run.step,
                  settings=json.dumps(TABLES[table].rows[row][0]), config=config_id(settings),
-                 **accuracies(run, train, test), **last_words(log),
-                 seconds=time.time() - begin, **origin(run))
+                 **_accuracies(run, train, test), **_last_words(log),
+                 seconds=time.time() - begin, **_origin(run))
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
 
-# %% ../nbs/40_ablations.ipynb #5945cd4e
+# %% ../nbs/40_ablations.ipynb #a70717b3
 def config_id(settings: dict # as `run_settings` returns them
              ) -> str:       # 8 hexadecimal digits
     "Return a short name that two runs share only if all their settings agree."
     text = json.dumps([settings, N_TRAIN, N_TEST], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
-def origin(run: Learner) -> dict[str, str]: # commit, hardware, torch
+def _origin(run: Learner) -> dict[str, str]: # commit, hardware, torch
     "Return where a run was made: the code's commit, the hardware, torch's version."
     git = subprocess.run(['git', 'describe', '--always', '--dirty', '--exclude=*'], text=True,
                          cwd=sys.modules['dino_nb'].__path__[0], capture_output=True)
@@ -332,11 +331,11 @@ def copy_known(runs: list, # (table, row, seed) of the runs to make
                 table=table, row=row, settings=json.dumps(TABLES[table].rows[row][0])))
     return lacking
 
-# %% ../nbs/40_ablations.ipynb #97a8d79e
-def start_run(run: tuple,    # table, row, seed
-              epochs: float, # length of the base run
-              jobs: int      # processes that share the cores
-             ) -> subprocess.Popen: # prints the row as JSON
+# %% ../nbs/40_ablations.ipynb #22610b82
+def _start_run(run: tuple,    # table, row, seed
+               epochs: float, # length of the base run
+               jobs: int      # processes that share the cores
+              ) -> subprocess.Popen: # prints the row as JSON
     "Start the process of one run."
     table, row, seed = run
     words = [sys.executable, '-m', 'dino_nb.ablations', '--table', table, '--row', row,
@@ -345,19 +344,19 @@ def start_run(run: tuple,    # table, row, seed
     return subprocess.Popen(words, env={'OMP_NUM_THREADS': threads} | os.environ, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
-def why_dead(process: subprocess.Popen, # ended
-             complaint: str             # what it wrote to stderr
-            ) -> str:                   # half a sentence
+def _why_dead(process: subprocess.Popen, # ended
+              complaint: str             # what it wrote to stderr
+             ) -> str:                   # half a sentence
     "Return why a process ended without a result."
     if process.returncode < 0: return f'killed by {signal.Signals(-process.returncode).name}'
     return ([f'exit status {process.returncode}'] + complaint.strip().splitlines())[-1]
 
-# %% ../nbs/40_ablations.ipynb #6e6584fe
+# %% ../nbs/40_ablations.ipynb #3675ae44
 def do_runs(runs: list,     # (table, row, seed) of the runs to make
             folder: Path,   # where the files lie
             epochs: float = EPOCHS, # length of the base run
             jobs: int = 1,  # processes side by side
-            start=start_run # starts the process of one run
+            start=_start_run # starts the process of one run
            ) -> list[str]:  # one sentence for every run that died
     "Make the runs, append their rows as they come, and return what failed."
     waiting, running, failed = list(runs), {}, []
@@ -368,25 +367,29 @@ def do_runs(runs: list,     # (table, row, seed) of the runs to make
                 running[start(run, epochs, jobs)] = run
             time.sleep(0.1)
             for process in [p for p in running if p.poll() is not None]:
-                name = '{}, {}, seed {}'.format(*running[process])
-                run, (said, complaint) = running.pop(process), process.communicate()
-                if process.returncode: failed.append(f'{name}: {why_dead(process, complaint)}')
-                else: append_row(folder/f'{run[0]}.csv', row := json.loads(said.splitlines()[-1]))
-                report = failed[-1] if process.returncode else f'{name}: {result_line(row)}'
+                report = _collect(process, running.pop(process), folder)
+                if process.returncode: failed.append(report)
                 print(f'{report}  ({len(waiting) + len(running)} to go)', flush=True)
     finally:
         for process in running: process.kill()
     return failed
 
-def result_line(row: dict # as `run_row` returns it
-               ) -> str:  # half a line
-    "Return a run's result in a few words."
-    return (f'20-NN teacher {row["knn_teacher"]:.1%}, student {row["knn_student"]:.1%}, '
-            f'{row["verdict"]}, {row["seconds"]:.0f} s')
+def _collect(process: subprocess.Popen, # ended
+             run: tuple,  # its table, row and seed
+             folder: Path # where the files lie
+            ) -> str:     # a line for the terminal
+    "Write down what an ended process found, and return it in a few words."
+    (said, complaint), (table, row, seed) = process.communicate(), run
+    name = f'{table}, {row}, seed {seed}'
+    if process.returncode: return f'{name}: {_why_dead(process, complaint)}'
+    found = json.loads(said.splitlines()[-1])
+    append_row(folder/f'{table}.csv', found)
+    return (f'{name}: 20-NN teacher {found["knn_teacher"]:.1%}, student {found["knn_student"]:.1%}'
+            f', {found["verdict"]}, {found["seconds"]:.0f} s')
 
-# %% ../nbs/40_ablations.ipynb #2600ac28
-def parse_options(argv: list[str] | None # words of the command line; None: sys.argv
-                 ) -> argparse.Namespace: # checked options
+# %% ../nbs/40_ablations.ipynb #d3352a33
+def _parse_options(argv: list[str] | None # words of the command line; None: sys.argv
+                  ) -> argparse.Namespace: # checked options
     "Return the options of the command line."
     def refuse(message): raise ValueError(f'{message}.')
     parser = argparse.ArgumentParser('python -m dino_nb.ablations', allow_abbrev=False,
@@ -410,11 +413,11 @@ def parse_options(argv: list[str] | None # words of the command line; None: sys.
         raise ValueError(f'--table is missing; choose from {", ".join(TABLES)}, or give --all.')
     return options
 
-# %% ../nbs/40_ablations.ipynb #8cb797f0
+# %% ../nbs/40_ablations.ipynb #2384ea16
 def main(argv: list[str] | None = None): # words of the command line; None: sys.argv
     "Train what is missing of one table, or of all."
     try:
-        options = parse_options(argv)
+        options = _parse_options(argv)
         if options.row:
             return print(json.dumps(run_row(options.table, options.row, options.seed,
                                             options.epochs)))
@@ -423,16 +426,16 @@ def main(argv: list[str] | None = None): # words of the command line; None: sys.
         for table in tables: missing_runs(table, options.seeds, **place)  # all files are sound
         for table in tables:
             runs = copy_known(missing_runs(table, options.seeds, **place), **place)
-            print(f'{table}: {len(runs)} runs to make', flush=True)
+            print(f'{table}: {len(runs)} to make', flush=True)
             failed += do_runs(runs, jobs=options.jobs, **place)
-    except (ValueError, OSError, FloatingPointError) as error: complain(error, 2)
-    except KeyboardInterrupt: complain('interrupted; what is done is kept, give it again', 130)
-    if failed: complain(f'{len(failed)} runs died, the others are written. '
+    except (ValueError, OSError, FloatingPointError) as error: _complain(error, 2)
+    except KeyboardInterrupt: _complain('interrupted; what is done is kept, give it again', 130)
+    if failed: _complain(f'{len(failed)} of the runs died, the others are written. '
                         f'{"; ".join(failed)}. The same command tries them again.', 1)
 
-def complain(sentence: object, # what went wrong
-             status: int       # exit status
-            ):
+def _complain(sentence: object, # what went wrong
+              status: int       # exit status
+             ):
     "Print one sentence and end."
     print(f'dino_nb.ablations: {sentence}', file=sys.stderr, flush=True)
     raise SystemExit(status)

@@ -142,7 +142,7 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
                 raise ValueError(f'epochs is {self.epochs:g}, less than {name}, which is '
                                  f'{getattr(self, name):g}; lower {name} or train longer.')
 
-# %% ../nbs/19_settings.ipynb #51a6f54c
+# %% ../nbs/19_settings.ipynb #fc8c8fe8
 RECIPES = {
     'tiny': dict(
         backbone='vit_tiny_patch16_224', patch_size=8, embed_dim=96, depth=4, num_heads=3,
@@ -160,6 +160,10 @@ RECIPES = {
         backbone='resnet50', drop_path_rate=0., batch_size=512, epochs=100, optimizer='sgd',
         lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4, global_scale=(0.14, 1.),
         local_scale=(0.05, 0.14))}
+RECIPES['cifar10'] = RECIPES['tiny'] | dict(
+    patch_size=4, global_size=32, local_size=16, out_dim=512, hue=0.1, cache='device',
+    warmup_teacher_temp=0.04, teacher_temp=0.04, epochs=8, warmup_epochs=0.8,
+    freeze_last_layer=0.4, knn_every=1)
 
 # %% ../nbs/19_settings.ipynb #7e30fc16
 def make_config(recipe: str = 'tiny', # a name from RECIPES

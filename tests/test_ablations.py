@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -37,27 +38,33 @@ def child(process, row):
 
 def test_kills_cost_one_run_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     process = start(SHORT, tmp_path)
-    os.kill(child(process, 'with batch norm'), signal.SIGKILL)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 1 and err.count('\n') == 1, err
-    assert 'head_kind, with batch norm, seed 0: killed by SIGKILL' in err
-    first = rows(tmp_path)
-    assert [row['row'] for row in first] == ['GELU, no batch norm', 'ReLU']
-    assert [json.loads(row['settings']) for row in first] == [{}, dict(activation='relu')]
-    assert all(0 < float(row['knn_teacher']) < 1 for row in first)
-
-    process = start(SHORT, tmp_path)
-    child(process, 'with batch norm')
+    last = child(process, 'with batch norm')
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err, err
-    assert 'head_kind: 1 to make' in out and rows(tmp_path) == first
+    assert 'head_kind: 3 to make' in out and not Path(f'/proc/{last}').exists()
+    first, = rows(tmp_path)
+    assert (first['row'], first['settings']) == ('GELU, no batch norm', '{}')
+
+    def start_and_kill(run, epochs, jobs):
+        process = start_run(run, epochs, jobs)
+        if run[1] == 'with batch norm': os.kill(process.pid, signal.SIGKILL)
+        return process
 
     monkeypatch.chdir(tmp_path)  # from here on in this process, to save time
-    ablations.main(SHORT)
-    assert rows(tmp_path)[:2] == first and len(rows(tmp_path)) == 3
-    ablations.main(SHORT)
-    assert 'head_kind: 0 to make' in capsys.readouterr().out and len(rows(tmp_path)) == 3
+    start_run = ablations._start_run
+    with monkeypatch.context() as patched:
+        patched.setattr(ablations, '_start_run', start_and_kill)
+        with pytest.raises(SystemExit, match='1'): ablations.main(SHORT)
+    said = capsys.readouterr()
+    assert 'head_kind: 2 to make' in said.out and said.err.count('\n') == 1
+    assert 'head_kind, with batch norm, seed 0: killed by SIGKILL' in said.err
+    assert rows(tmp_path)[0] == first and rows(tmp_path)[1]['row'] == 'ReLU'
+
+    ablations.main(SHORT); ablations.main(SHORT)
+    said = capsys.readouterr()
+    assert 'head_kind: 1 to make' in said.out and 'head_kind: 0 to make' in said.out
+    assert [row['row'] for row in rows(tmp_path)][1:] == ['ReLU', 'with batch norm']
     with pytest.raises(SystemExit, match='2'): ablations.main(SHORT[:-1] + ['0.2'])
     assert 'of other settings' in capsys.readouterr().err and len(rows(tmp_path)) == 3
 

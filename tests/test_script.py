@@ -195,6 +195,19 @@ def test_a_full_disk_stops_nothing(images, whole, tmp_path):
     same_run(whole, folder)
 
 
+def test_a_collapse_can_end_the_run(images, tmp_path):
+    "A teacher that is not sharpened answers nothing; the doctor says so, and the run ends with 3"
+    tiny = '--global-size 16 --patch-size 8 --n-local 0 --depth 1 --embed-dim 32 --num-heads 2'
+    soft = '--warmup-teacher-temp 1 --teacher-temp 1 --epochs 400 --log-every 50 --knn-every 0'
+    command = MODULE + ['--data', images, '--out', 'run']
+    command += f'{tiny} {soft} --batch-size 16 --cache device --on-collapse stop'.split()
+    status, out, err = run(command, tmp_path)
+    assert status == 3 and 'uniform collapse: stopped after step' in out, err
+    assert 'teacher_temp' in out and 'warning: ' in out                # before the first step, too
+    files = {path.name for path in (tmp_path/'run').iterdir()}
+    assert 'checkpoint.pt' in files and 'summary.json' not in files
+
+
 def test_other_images_are_refused(images, tmp_path):
     data, out = tmp_path/'data', tmp_path/'run'
     shutil.copytree(images, data)
