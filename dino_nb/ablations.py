@@ -351,12 +351,12 @@ def _why_dead(process: subprocess.Popen, # ended
     if process.returncode < 0: return f'killed by {signal.Signals(-process.returncode).name}'
     return ([f'exit status {process.returncode}'] + complaint.strip().splitlines())[-1]
 
-# %% ../nbs/40_ablations.ipynb #3675ae44
+# %% ../nbs/40_ablations.ipynb #f0c041ff
 def do_runs(runs: list,     # (table, row, seed) of the runs to make
             folder: Path,   # where the files lie
             epochs: float = EPOCHS, # length of the base run
             jobs: int = 1,  # processes side by side
-            start=_start_run # starts the process of one run
+            start: callable = None # starts the process of one run; None: the real one
            ) -> list[str]:  # one sentence for every run that died
     "Make the runs, append their rows as they come, and return what failed."
     waiting, running, failed = list(runs), {}, []
@@ -364,14 +364,14 @@ def do_runs(runs: list,     # (table, row, seed) of the runs to make
         while waiting or running:
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
-                running[start(run, epochs, jobs)] = run
+                running[(start or _start_run)(run, epochs, jobs)] = run
             time.sleep(0.1)
             for process in [p for p in running if p.poll() is not None]:
                 report = _collect(process, running.pop(process), folder)
                 if process.returncode: failed.append(report)
                 print(f'{report}  ({len(waiting) + len(running)} to go)', flush=True)
     finally:
-        for process in running: process.kill()
+        for process in running: process.kill(); process.wait()
     return failed
 
 def _collect(process: subprocess.Popen, # ended

@@ -153,11 +153,11 @@ def test_a_signal_writes_a_checkpoint_and_leaves(images, whole, tmp_path, name):
 
 def test_the_second_ctrl_c_ends_at_once(images, tmp_path):
     process = start(MODULE + ['--data', images, '--out', 'run', '--batch-size', '80'] + SMALL[8:]
-                    + ['--depth', '8', '--embed-dim', '384', '--accumulate', '80'], tmp_path)
+                    + ['--depth', '24', '--embed-dim', '384', '--accumulate', '80'], tmp_path)
     wait_for(tmp_path/'run'/'log.jsonl', process)       # it is training; a step takes seconds
     time.sleep(1)
-    for _ in range(2): process.send_signal(signal.SIGINT); time.sleep(0.1)
-    out, err = process.communicate(timeout=10)
+    for _ in range(2): process.send_signal(signal.SIGINT); time.sleep(0.7)
+    out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and 'Traceback' not in err and 'stopped after' not in out, err
 
 

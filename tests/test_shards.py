@@ -18,10 +18,10 @@ from dino_nb.augment import ViewSettings
 from dino_nb.checkpoint import load_checkpoint
 from dino_nb.data import open_images
 from dino_nb.dist import StepSampler, World
-from dino_nb.learner import file_views
 from dino_nb.settings import make_config
 from dino_nb.shapes import Shapes
 from dino_nb.shards import epoch_order, open_shards
+from dino_nb.views import file_views
 
 SMALL = ('--depth 1 --embed-dim 48 --num-heads 2 --batch-size 16 --epochs 2 --warmup-epochs 1 '
          '--freeze-last-layer 1 --log-every 3 --knn-every 0 --workers 0 --device cpu '
@@ -64,11 +64,11 @@ def test_ranks_and_resume_keep_the_batches(data):
 
 
 def test_workers_change_nothing(data):
-    config = dict(recipe='tiny', epochs=2, batch_size=16)
+    settings = make_config('tiny', epochs=2, batch_size=16)
     source, views = open_shards(data/'shards'/'*.tar'), []
     for workers in (0, 2):
-        stream = file_views(source, sampler(source, start_step=9),
-                            make_config(**config, workers=workers), torch.device('cpu'))
+        stream = file_views(source, sampler(source, start_step=9), settings, 0,
+                            torch.device('cpu'), workers)
         views.append([(group, bad) for batch, bad in stream for group in batch])
     assert len(views[0]) == 3 * 2
     for (a, bad_a), (b, bad_b) in zip(*views): assert torch.equal(a, b) and bad_a == bad_b
