@@ -13,7 +13,7 @@ import pytest
 from dino_nb import ablations
 
 COMMAND = [sys.executable, '-m', 'dino_nb.ablations']
-SHORT = '--table head_kind --seeds 1 --epochs 0.1'.split()
+SHORT = '--table batch_norm --seeds 1 --epochs 0.1'.split()
 
 
 def start(words, cwd):
@@ -22,14 +22,14 @@ def start(words, cwd):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def rows(cwd, table='head_kind'):
+def rows(cwd, table='batch_norm'):
     path = cwd/'results'/'ablations'/f'{table}.csv'
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def child(process, row):
     "The number of the process that makes a row, once there is one"
-    words = ['pgrep', '-P', str(process.pid), '-f', f'row {row} ']
+    words = ['pgrep', '-P', str(process.pid), '-f', f'row {row} --seed']
     for _ in range(2000):
         found = subprocess.run(words, text=True, capture_output=True).stdout
         if found: return int(found)
@@ -38,17 +38,17 @@ def child(process, row):
 
 def test_kills_cost_one_run_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     process = start(SHORT, tmp_path)
-    last = child(process, 'with batch norm')
+    last = child(process, 'with')
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err, err
-    assert 'head_kind: 3 to make' in out and not Path(f'/proc/{last}').exists()
+    assert 'batch_norm: 2 to make' in out and not Path(f'/proc/{last}').exists()
     first, = rows(tmp_path)
-    assert (first['row'], first['settings']) == ('GELU, no batch norm', '{}')
+    assert (first['row'], first['settings']) == ('without', '{}')
 
     def start_and_kill(run, epochs, jobs):
         process = start_run(run, epochs, jobs)
-        if run[1] == 'with batch norm': os.kill(process.pid, signal.SIGKILL)
+        if run[1] == 'with': os.kill(process.pid, signal.SIGKILL)
         return process
 
     monkeypatch.chdir(tmp_path)  # from here on in this process, to save time
@@ -57,21 +57,23 @@ def test_kills_cost_one_run_and_the_same_command_goes_on(tmp_path, monkeypatch, 
         patched.setattr(ablations, '_start_run', start_and_kill)
         with pytest.raises(SystemExit, match='1'): ablations.main(SHORT)
     said = capsys.readouterr()
-    assert 'head_kind: 2 to make' in said.out and said.err.count('\n') == 1
-    assert 'head_kind, with batch norm, seed 0: killed by SIGKILL' in said.err
-    assert rows(tmp_path)[0] == first and rows(tmp_path)[1]['row'] == 'ReLU'
+    assert 'batch_norm: 1 to make' in said.out and said.err.count('\n') == 1
+    assert 'batch_norm, with, seed 0: killed by SIGKILL' in said.err
+    assert rows(tmp_path) == [first]
 
     ablations.main(SHORT); ablations.main(SHORT)
     said = capsys.readouterr()
-    assert 'head_kind: 1 to make' in said.out and 'head_kind: 0 to make' in said.out
-    assert [row['row'] for row in rows(tmp_path)][1:] == ['ReLU', 'with batch norm']
+    assert 'batch_norm: 1 to make' in said.out and 'batch_norm: 0 to make' in said.out
+    assert rows(tmp_path)[0] == first
+    assert rows(tmp_path)[1]['settings'] == json.dumps(dict(use_bn=True))
+    assert all(0 < float(row['knn_teacher']) < 1 for row in rows(tmp_path))
     with pytest.raises(SystemExit, match='2'): ablations.main(SHORT[:-1] + ['0.2'])
-    assert 'of other settings' in capsys.readouterr().err and len(rows(tmp_path)) == 3
+    assert 'of other settings' in capsys.readouterr().err and len(rows(tmp_path)) == 2
 
 
 def test_an_unknown_table_is_one_sentence(tmp_path):
-    process = start(['--table', 'head_knd'], tmp_path)
+    process = start(['--table', 'batch_nrm'], tmp_path)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out, err.count('\n')) == (2, '', 1)
-    assert "table is 'head_knd', which is not known; did you mean head_kind" in err
+    assert "table is 'batch_nrm', which is not known; did you mean batch_norm" in err
     assert not list(tmp_path.iterdir())
