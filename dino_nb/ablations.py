@@ -75,8 +75,8 @@ TABLES['components'] = Table('The components of DINO', 'Table 7, k-NN', {
     'mean squared error': (dict(loss='mse'), 52.6),
     'with predictor': (dict(predictor=256), 71.8)})
 
-# %% ../nbs/40_ablations.ipynb #1ac826d2
-TABLES['teacher_temp'] = Table('The teacher temperature', 'Appendix D, k-NN, 100 epochs', {
+# %% ../nbs/40_ablations.ipynb #d14aae1a
+TABLES['teacher_temp'] = Table('The teacher temperature', 'Appendix, top-1, 100 epochs', {
     'recipe: 0.025': ({}, None),
     '0': (dict(teacher_temp=0.001), 43.9),
     '0.02': (dict(teacher_temp=0.02), 66.7),
@@ -86,16 +86,16 @@ TABLES['teacher_temp'] = Table('The teacher temperature', 'Appendix D, k-NN, 100
     '0.04 to 0.07': (dict(warmup_teacher_temp=0.04, teacher_temp=0.07,
                           warmup_teacher_temp_epochs=0.3 * EPOCHS), 69.7)})
 
-TABLES['center_momentum'] = Table('The momentum of the center', 'Appendix D, k-NN, 100 epochs', {
+TABLES['center_momentum'] = Table('The momentum of the center', 'Appendix, top-1, 100 epochs', {
     '0': (dict(center_momentum=0.), 69.1),
     '0.9': ({}, 69.7),
     '0.99': (dict(center_momentum=0.99), 69.4),
     '0.999': (dict(center_momentum=0.999), 0.1)})
 
-# %% ../nbs/40_ablations.ipynb #0d567f09
+# %% ../nbs/40_ablations.ipynb #8fbd006e
 _no_l2 = dict(l2_bottleneck=False)
 
-TABLES['head_layers'] = Table('Layers of the head', 'Appendix C, k-NN, K = 4096', {
+TABLES['head_layers'] = Table('Layers of the head', 'Appendix, top-1, K = 4096', {
     '2, with l2': (dict(head_layers=1), 62.2),
     '3, with l2': (dict(head_layers=2), 68.0),
     '4, with l2': ({}, 69.3),
@@ -104,21 +104,21 @@ TABLES['head_layers'] = Table('Layers of the head', 'Appendix C, k-NN, K = 4096'
     '3, without l2': (_no_l2 | dict(head_layers=2), 0.1),
     '4, without l2': (_no_l2, 0.1)})
 
-TABLES['out_dim'] = Table('Prototypes K, as shares of the base', 'Appendix C, k-NN, 100 epochs', {
+TABLES['out_dim'] = Table('Prototypes K, as shares of the base', 'Appendix, top-1, 100 epochs', {
     '1/64': (dict(out_dim=4), 67.8),
     '1/16': (dict(out_dim=16), 69.3),
     '1/4': (dict(out_dim=64), 69.2),
     '1': ({}, 69.7),
     '4': (dict(out_dim=1024), 69.1)})
 
-TABLES['batch_norm'] = Table('Batch norm in the head', 'Appendix C, k-NN', {
+TABLES['batch_norm'] = Table('Batch norm in the head', 'Appendix, top-1', {
     'without': ({}, 69.7), 'with': (dict(use_bn=True), 68.6)})
 
-TABLES['activation'] = Table('Activation in the head', 'Appendix C, k-NN', {
+TABLES['activation'] = Table('Activation in the head', 'Appendix, top-1', {
     'GELU': ({}, 69.7), 'ReLU': (dict(activation='relu'), 68.9)})
 
-# %% ../nbs/40_ablations.ipynb #e8e0d5e0
-TABLES['crop_scale'] = Table('The scale s between local and global crops', 'Appendix E, k-NN', {
+# %% ../nbs/40_ablations.ipynb #eef657a9
+TABLES['crop_scale'] = Table('The scale s between local and global crops', 'Appendix, top-1', {
     str(s): (dict(global_scale=(s, 1.), local_scale=(0.05, s)), paper)
     for s, paper in [(0.08, 65.6), (0.16, 68.0), (0.24, 69.7), (0.32, 69.8), (0.48, 69.5)]})
 
@@ -126,18 +126,18 @@ TABLES['n_local'] = Table('Number of local crops', 'Table 8, linear, 100 epochs'
     '0': (dict(n_local=0), 67.8), '2': ({}, 71.5), '6': (dict(n_local=6), 73.8),
     '10': (dict(n_local=10), 74.6)})
 
-TABLES['batch_size'] = Table('Images per step, the paper\'s / 16', 'Table 9, k-NN, 100 epochs', {
+TABLES['batch_size'] = Table('Images per step, the paper\'s / 16', 'Appendix, top-1', {
     '8': (dict(batch_size=8), 57.9), '16': (dict(batch_size=16), 59.1), '32': ({}, 59.6),
     '64': (dict(batch_size=64), 59.9)})
 
-TABLES['num_heads'] = Table('Attention heads, the paper\'s / 2', 'Appendix, k-NN, 300 epochs', {
+TABLES['num_heads'] = Table('Attention heads, the paper\'s / 2', 'Appendix, top-1, 300 epochs', {
     '3': ({}, 72.8), '4': (dict(num_heads=4), 73.1), '6': (dict(num_heads=6), 73.7),
     '8': (dict(num_heads=8), 73.8)})
 
 TABLES['patch_size'] = Table('Patch size, the paper\'s / 2', 'Table 2, k-NN, ViT-S', {
     '8': ({}, 74.5), '4': (dict(patch_size=4), 78.3)})
 
-TABLES['epochs'] = Table('Length of the run', 'Appendix, k-NN, 100, 300, 800 epochs', {
+TABLES['epochs'] = Table('Length of the run', 'Appendix, top-1, 100, 300, 800 epochs', {
     '1': ({}, 70.9), '3': (dict(epochs=3 * EPOCHS), 72.8), '8': (dict(epochs=8 * EPOCHS), 74.5)})
 
 # %% ../nbs/40_ablations.ipynb #ca97132e

@@ -68,7 +68,7 @@ def _agreement(student_logits, probs):
     ours = student_logits[:len(probs)].argmax(-1).view(2, -1)
     return (ours.flip(0) == probs.argmax(-1).view(2, -1)).float().mean()
 
-# %% ../nbs/18_collapse.ipynb #dfdca43d
+# %% ../nbs/18_collapse.ipynb #fb272a0c
 ADVICE = {
     'warming up': 'Nothing to change yet.',
     'healthy': 'Nothing to change. Whether the features are good is for k-NN to say.',
@@ -83,6 +83,9 @@ ADVICE = {
     'one-hot collapse':
         'Center more: check that the center is updated at every step, and lower center_momentum '
         '(0.9 is safe, 0.999 too slow). If that is not it: raise teacher_temp a little.',
+    'moving collapse':
+        'Let the teacher follow more slowly: teacher_rule ema with a higher teacher_momentum. If '
+        'that is not it: lower lr, warm it up longer, or take target sinkhorn.',
     'dimensional collapse':
         'Ask for more: raise out_dim, crop and color more strongly so that one cue is not enough, '
         'lower weight_decay_end; if batches are small, raise teacher_momentum.',
@@ -108,14 +111,17 @@ class Verdict(NamedTuple):
 
     def __str__(self): return f'{self.state}: {self.evidence} {self.advice}'
 
-# %% ../nbs/18_collapse.ipynb #494138c8
+# %% ../nbs/18_collapse.ipynb #7e5f9501
 def _sign(row: dict, tolerance: float, min_rank: float) -> str:
     "Return what one row looks like, taken by itself."
     h, kl, ln_k = (row[name] for name in ('teacher_entropy', 'kl', 'ln_k'))
-    if not _finite(row) or h + kl > 1.2 * ln_k: return 'diverged'
+    if not _finite(row): return 'diverged'
     mean_entropy = row.get('mean_entropy', h)
-    signal = max(kl, mean_entropy - h) / ln_k  # KL or information, the larger
+    information = mean_entropy - h
+    signal = max(kl, information) / ln_k
     if signal <= tolerance: return 'uniform collapse' if h > ln_k / 2 else 'one-hot collapse'
+    if 'mean_entropy' in row and information <= 0.1 * tolerance * ln_k: return 'moving collapse'
+    if h + kl > 1.2 * ln_k: return 'diverged'
     if row.get('effective_rank', min_rank) < min_rank: return 'dimensional collapse'
     lost = h + kl - mean_entropy > tolerance * ln_k and row.get('agreement', 1) < 0.25
     return 'undecided' if lost or signal <= 5 * tolerance else 'healthy'
@@ -225,27 +231,30 @@ def check_config(config,        # settings: an object with the names of TrainCon
     return [*_target_warnings(config, n_images), *_teacher_warnings(config, n_images),
             *_rate_warnings(config)]
 
-# %% ../nbs/18_collapse.ipynb #92c4ccdb
-def _choices(n_images, batch_size, device_memory):
+# %% ../nbs/18_collapse.ipynb #16663e15
+def _choices(n_images, batch_size, device_memory, epochs):
     "Yield name, value and reason of every setting that a recipe should choose."
     steps = n_images // batch_size  # per epoch
-    epochs = min(max(100, -(-10_000 // steps)), 800)
+    why = f'{epochs or 0:g} as given'
+    if epochs is None:
+        epochs = min(max(100, -(-10_000 // steps)), 800)
+        why = 'at least 100 and at least 10,000 steps; at most 800'
     out_dim = 2 ** min(max(round(math.log2(n_images / 20)), 6), 16)
     keep = _wanted_half_life(batch_size, epochs * steps)
     large = n_images >= 1_000_000
     yield 'batch_size', batch_size, 'as given'
-    yield 'epochs', epochs, f'{epochs * steps} steps; below some 10,000 little is learned'
+    yield 'epochs', epochs, f'{why}: {epochs * steps:.0f} steps'
     yield 'out_dim', out_dim, 'about 20 images per prototype, at most the published 65536'
-    yield 'warmup_epochs', epochs / 10, f'a tenth of the run: {epochs * steps // 10} steps'
+    yield 'warmup_epochs', epochs / 10, f'a tenth of the run: {epochs * steps / 10:.0f} steps'
+    yield 'freeze_last_layer', min(1, epochs / 10), 'the published epoch, or a tenth of a short run'
     yield ('teacher_momentum', round(0.5 ** (1 / keep), 5),
            f'an old student counts half after {keep:.0f} steps, {keep * batch_size:.0f} images')
-    yield ('lr', float(f'{5e-4 * max(1, math.sqrt(256 / batch_size)):.2g}'), 'the published one '
-           'per 256 images' + ('' if batch_size >= 256 else ', by the root of the batch below 256'))
     yield 'warmup_teacher_temp', 0.04, 'safe from the first step'
     yield ('teacher_temp', 0.07 if large else 0.04,
            'published for long runs on a million images' if large else 'no need to go higher')
-    yield ('warmup_teacher_temp_epochs', 30 if large else 0,
-           f'{30 * steps} steps from 0.04 to 0.07' if large else 'the temperature is constant')
+    warm = min(30, 0.3 * epochs) if large else 0
+    yield ('warmup_teacher_temp_epochs', warm,
+           f'{warm * steps:.0f} steps from 0.04 to 0.07' if large else 'it is constant')
     matrix = 3 * 4 * 10 * batch_size * out_dim  # logits, their softmax, its gradient; ten crops
     chunks = 0 if device_memory is None else math.ceil(matrix / (0.1 * device_memory))
     if chunks > 1: yield ('loss_chunks', min(chunks, batch_size),
@@ -253,10 +262,12 @@ def _choices(n_images, batch_size, device_memory):
 
 def suggest_recipe(n_images: int,   # images to train on, at least 2
                    batch_size: int, # images per step, 2 to n_images
-                   device_memory: int | None = None # bytes of the device; None: not looked at
+                   device_memory: int | None = None, # bytes of the device; None: not looked at
+                   epochs: float | None = None # length of the run, above 0; None: chosen
                   ) -> tuple[dict, dict]: # setting -> value, setting -> reason
     "Return settings for a first run on new data, and why."
     check_range('n_images', n_images, 2)
     check_range('batch_size', batch_size, 2, n_images)
-    chosen = [*_choices(n_images, batch_size, device_memory)]
+    if epochs is not None: check_range('epochs', epochs, 1e-9)
+    chosen = [*_choices(n_images, batch_size, device_memory, epochs)]
     return {n: value for n, value, _ in chosen}, {n: reason for n, _, reason in chosen}

@@ -6,16 +6,18 @@
 __all__ = ['PATIENCE', 'World', 'init_dist', 'close_dist', 'all_mean_later', 'all_mean', 'all_any', 'shard', 'gather_rows',
            'gather_list', 'on_rank0', 'StepSampler']
 
-# %% ../nbs/21_dist.ipynb #1b879043
+# %% ../nbs/21_dist.ipynb #475facf1
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from .core import check_range, default_device, generator
+from .core import check_range, default_device
+from .shards import random_order
 
 # %% ../nbs/21_dist.ipynb #da3fbb25
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _check_batch(n_images, batch_size, n_processes):
         raise ValueError(f'batch_size is {batch_size}, which {n_processes} processes cannot '
                          f'share equally; make it {fitting}.')
 
-# %% ../nbs/21_dist.ipynb #d478ab88
+# %% ../nbs/21_dist.ipynb #d3297b8d
 class StepSampler:
     "Yield, for every step of a run, the (epoch, index) of each image of this process."
     def __init__(self,
@@ -168,15 +170,11 @@ class StepSampler:
                  start_step: int = 0,    # first step to yield; in a resumed run the next one
                  order: Callable | None = None): # epoch -> order (n_images,); None: random
         _check_batch(n_images, batch_size, world.size)
-        self.n_images, self.batch_size, self.seed, self.world = n_images, batch_size, seed, world
+        self.batch_size, self.world = batch_size, world
         self.steps_per_epoch = n_images // batch_size
         self.n_steps = round(epochs * self.steps_per_epoch)
         self.start_step, self._order = start_step, (None, None)
-        self.order = order or self.random_order
-
-    def random_order(self, epoch: int) -> torch.Tensor: # (n_images,)
-        "Return every index once, in random order."
-        return torch.randperm(self.n_images, generator=generator(self.seed, 'order', epoch))
+        self.order = order or partial(random_order, n_images, seed)
 
     def batch(self,
               step: int                    # step of the run, from 0

@@ -340,7 +340,7 @@ def _open_log(self: Learner, folder: Path | None) -> list[dict]:
     if folder and self.world.is_main: write_log(folder/'log.jsonl', rows)
     return rows
 
-# %% ../nbs/23_learner.ipynb #0d6ff6c1
+# %% ../nbs/23_learner.ipynb #9ece8a70
 @patch
 def fit(self: Learner,
         folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
@@ -371,12 +371,12 @@ def fit(self: Learner,
             if stop: break
     if writer: writer.wait()
     if self.step < self.n_steps:
-        why = signals.caught or (self.verdict.state if self.given_up() else 'a signal')
-        report(f'{why}: stopped after step {self.step} of {self.n_steps}; '
-               'the same command goes on from here')
+        why = self.verdict.state if self.given_up() else signals.caught or 'a signal'
+        how = '--on-collapse warn' if self.given_up() else 'the same command'
+        report(f'{why}: stopped after step {self.step} of {self.n_steps}; {how} goes on from here')
     return rows
 
-# %% ../nbs/23_learner.ipynb #3f67c470
+# %% ../nbs/23_learner.ipynb #de711882
 @patch
 def given_up(self: Learner) -> bool: # the same in all processes, as the verdict is
     "True if the doctor found a collapse and the settings say to stop then."
@@ -403,8 +403,9 @@ def _save(self: Learner, writer: CheckpointWriter, now: bool, report):
     "Write a checkpoint, if now or after enough minutes; a full disk does not stop the run."
     minutes = (time.time() - writer.saved_at) / 60
     if not now and minutes < self.config.checkpoint_minutes: return
-    try: writer.save(self.state())
-    except OSError as error: report(f'note: {error}')
+    try: writer.wait()
+    except OSError as error: report(f'note: {error}')  # of the writing before this one
+    writer.save(self.state())
 
 # %% ../nbs/23_learner.ipynb #086474f2
 def plot_curves(rows: list[dict],             # a run's log

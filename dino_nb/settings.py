@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'RECIPES', 'FREE', 'DataSettings', 'ModelSettings', 'TeacherSettings', 'OptimSettings',
-           'RunSettings', 'TrainConfig', 'make_config', 'setting_docs', 'settings_parser', 'parse_settings',
+           'RunSettings', 'TrainConfig', 'make_config', 'setting_docs', 'settings_parser', 'typed_settings',
            'config_record', 'config_changes']
 
-# %% ../nbs/19_settings.ipynb #777f0bac
+# %% ../nbs/19_settings.ipynb #61e6382b
 import argparse
 import types
 import typing
@@ -20,8 +20,8 @@ from .augment import ViewSettings
 from .backbone import create_backbone
 from .centering import TARGETS
 from .core import check_choice, check_range, default_of
-from .head import DINOHead
-from .loss import DINOLoss
+from .head import ACTIVATIONS, DINOHead
+from .loss import KINDS, DINOLoss
 from .schedules import make_schedules
 from .teacher import RULES
 
@@ -109,7 +109,7 @@ class RunSettings:
     checkpoint_steps: int = 0        # steps between two checkpoints; 0: go by minutes only
     on_collapse: str = 'warn'        # warn, or stop: end the run with exit status 3
 
-# %% ../nbs/19_settings.ipynb #2a259e70
+# %% ../nbs/19_settings.ipynb #442018f5
 RANGES = dict(batch_size=(1, None), seed=(0, None), workers=(-1, None), drop_path_rate=(0, 0.99),
               out_dim=(2, None), hidden_dim=(1, None), bottleneck_dim=(1, None),
               head_layers=(0, None), predictor=(0, None), student_temp=(1e-3, None),
@@ -120,8 +120,8 @@ RANGES = dict(batch_size=(1, None), seed=(0, None), workers=(-1, None), drop_pat
               knn_every=(0, None), eval_crop=(0.1, 1), checkpoint_minutes=(0, None),
               checkpoint_steps=(0, None), accumulate=(1, None), loss_chunks=(1, None))
 CHOICES = dict(pos_embed_rule=('published', 'timm'), optimizer=('adamw', 'sgd'),
-               teacher_rule=RULES, target=TARGETS, loss=('cross_entropy', 'mse'),
-               activation=('gelu', 'relu'), on_collapse=('warn', 'stop'),
+               teacher_rule=RULES, target=TARGETS, loss=KINDS,
+               activation=tuple(ACTIVATIONS), on_collapse=('warn', 'stop'),
                cache=('none', 'device'), device=('auto', 'cpu', 'cuda', 'mps'),
                precision=('auto', 'bfloat16', 'float16', 'float32', 'float64'))
 
@@ -212,16 +212,15 @@ def settings_parser() -> argparse.ArgumentParser: # flags without defaults
                                help=f'{doc} [{default}]'.replace('%', '%%'))
     return parser
 
-# %% ../nbs/19_settings.ipynb #0c901210
-def parse_settings(argv: list[str] | None = None # words of the command line; None: sys.argv
-                  ) -> TrainConfig:              # checked settings of a run
-    "Return the settings that a command line asks for."
+# %% ../nbs/19_settings.ipynb #e17495c6
+def typed_settings(argv: list[str] | None = None # words of the command line; None: sys.argv
+                  ) -> dict:                     # setting -> value
+    "Return the settings that a command line names, and no others."
     parser = settings_parser()
     typed, unknown = parser.parse_known_args(argv)
     flags = [option for action in parser._actions for option in action.option_strings]
     for word in unknown: check_choice('setting', word.split('=')[0], flags)
-    typed = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in vars(typed).items()}
-    return make_config(**{'recipe': 'tiny'} | typed)
+    return {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in vars(typed).items()}
 
 # %% ../nbs/19_settings.ipynb #729d9db0
 def config_record(config: TrainConfig # settings of a run

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FILES', 'open_data', 'run_folder', 'check_folder', 'clear_folder', 'knn_top1', 'baselines', 'attention_views',
            'attention_scores', 'describe', 'say', 'draw', 'summarize', 'result_lines', 'sentences',
-           'quiet_if_others_die', 'check_device', 'prepare', 'resume', 'train', 'publish', 'announce', 'main']
+           'quiet_if_others_die', 'check_device', 'choose_settings', 'prepare', 'resume', 'train', 'publish',
+           'announce', 'main']
 
 # %% ../nbs/90_train.ipynb #7c167a79
 if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in globals():
@@ -14,7 +15,7 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
 
-# %% ../nbs/90_train.ipynb #7fd57995
+# %% ../nbs/90_train.ipynb #fa1cafc5
 import json
 import os
 import platform
@@ -41,8 +42,8 @@ from .dist import World, close_dist, gather_list, init_dist, on_rank0
 from .features import eval_views
 from .knn import evaluate_knn, pixel_knn
 from .learner import Learner, build_student, count_workers, plot_curves
-from .settings import (TrainConfig, config_changes, config_record, parse_settings,
-                              setting_docs)
+from .settings import (RECIPES, TrainConfig, config_changes, config_record, make_config,
+                              setting_docs, typed_settings)
 from .shapes import Shapes
 from .shards import is_shards, open_shards
 from .views import show_views
@@ -261,16 +262,30 @@ def check_device(name: str): # auto, cpu, cuda or mps
         raise ValueError(f'device is {name}, but torch finds none on this machine; '
                          'auto takes the best there is.')
 
-# %% ../nbs/90_train.ipynb #824e7fad
+# %% ../nbs/90_train.ipynb #1aef4696
+def choose_settings(typed: dict,   # what the user typed
+                    n_images: int, # images to train on
+                    device: torch.device # where the run computes
+                   ) -> tuple[TrainConfig, dict]: # settings; setting -> reason if it was chosen
+    "Return the settings of a run; without a recipe, those that fit the user's images."
+    if 'recipe' in typed or typed.get('data', 'shapes') == 'shapes': return make_config(**typed), {}
+    batch_size = typed.get('batch_size', min(RECIPES['tiny']['batch_size'], n_images))
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == 'cuda' else None
+    chosen, reasons = suggest_recipe(n_images, batch_size, memory, typed.get('epochs'))
+    return make_config(**chosen | typed), {n: why for n, why in reasons.items() if n not in typed}
+
+# %% ../nbs/90_train.ipynb #eed259a3
 def prepare(argv: list[str] | None # words of the command line; None: sys.argv
-           ) -> tuple:             # run, bank, test, folder
+           ) -> tuple:             # run, bank, test, folder, reasons of what was chosen
     "Read the settings, open the images and build the run; write nothing."
-    config = parse_settings(argv)
-    check_device(config.device)
-    world = init_dist(None if config.device == 'auto' else config.device)
+    typed = typed_settings(argv)
+    first = make_config(**{n: typed[n] for n in ('data', 'probe', 'device') if n in typed})
+    check_device(first.device)
+    world = init_dist(None if first.device == 'auto' else first.device)
+    train, bank, test = open_data(first)
+    config, reasons = choose_settings(typed, len(train), world.device)
     folder = check_folder(config)
-    train, bank, test = open_data(config)
-    return Learner(config, train, world), bank, test, folder
+    return Learner(config, train, world), bank, test, folder, reasons
 
 # %% ../nbs/90_train.ipynb #4a91e852
 def resume(run: Learner, # a new run
@@ -327,12 +342,14 @@ def publish(run: Learner,     # a finished run
     draw(run, rows + [dict(epoch=run.epoch, **final)], folder, summary['baselines'])
     say(run.world, result_lines(summary))
 
-# %% ../nbs/90_train.ipynb #dca7156a
-def announce(run: Learner, folder: Path):
+# %% ../nbs/90_train.ipynb #aa81bed9
+def announce(run: Learner, folder: Path, reasons: dict):
     "Print what is about to be trained."
     tell, n_params = partial(say, run.world), sum(p.numel() for p in run.student.parameters())
     tell(f'dino_nb {__version__}, recipe {run.config.recipe}, run folder {folder}')
     tell(describe(run.config))
+    if reasons: tell(f'no --recipe: chosen for {len(run.source):,} images')
+    for name, why in reasons.items(): tell(f'  {name} {getattr(run.config, name):g}: {why}')
     tell(f'{len(run.source):,} images, {n_params/1e6:.1f} M parameters, {run.n_steps} steps, '
          f'{run.device} {run.dtype}, {run.world.size} process(es)')
     for warning in check_config(run.config, len(run.source)): tell('warning:', warning)
@@ -341,17 +358,17 @@ def announce(run: Learner, folder: Path):
         tell(f'note: {run.n_steps} steps are few; DINO needs thousands to learn anything. '
              f'With these images, --epochs {wanted} or more.')
 
-# %% ../nbs/90_train.ipynb #1e4eeb2b
+# %% ../nbs/90_train.ipynb #92e0ed78
 def main(argv: list[str] | None = None): # words of the command line; None: sys.argv
     "Train DINO on a folder of images, or on the embedded dataset (`dino_train --help`)."
     with sentences(2, ValueError, OSError), sentences(130, KeyboardInterrupt):
-        run, bank, test, folder = prepare(argv)
+        run, bank, test, folder, reasons = prepare(argv)
     tell, results = partial(say, run.world), folder/'summary.json'
     if results.exists() and not run.config.overwrite:
         tell(f'{folder} holds this run, finished; --overwrite trains it again')
         tell(result_lines(json.loads(results.read_text())))
     else:
-        announce(run, folder)
+        announce(run, folder, reasons)
         errors = TooManyBadFiles, FloatingPointError, OSError
         with (quiet_if_others_die(run.world), sentences(1, *errors),
               sentences(130, KeyboardInterrupt)):

@@ -14,7 +14,6 @@ from torchvision.transforms.functional import to_pil_image
 from webdataset import ShardWriter
 
 from dino_nb import train
-from dino_nb.augment import ViewSettings
 from dino_nb.checkpoint import load_checkpoint
 from dino_nb.data import open_images
 from dino_nb.dist import StepSampler, World
