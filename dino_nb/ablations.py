@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EPOCHS', 'N_TRAIN', 'N_TEST', 'BASE', 'TABLES', 'DURATIONS', 'COLUMNS', 'TEXTS', 'Table', 'run_settings',
-           'ridge_accuracy', 'judge', 'diagnose', 'run_row', 'config_id', 'append_row', 'read_rows', 'missing_runs',
-           'copy_known', 'do_runs', 'main']
+           'ridge_accuracy', 'judge', 'diagnose', 'run_row', 'config_id', 'append_row', 'read_rows', 'knn_curve',
+           'missing_runs', 'copy_known', 'do_runs', 'make_curves', 'main']
 
-# %% ../nbs/40_ablations.ipynb #74b10e53
+# %% ../nbs/40_ablations.ipynb #eb42b515
 import argparse
 import csv
 import hashlib
@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .checkpoint import read_log, write_log
 from .collapse import CollapseDoctor
 from .core import check_choice, check_range
 from .data import ImageSource, open_images
@@ -222,7 +223,16 @@ def _last_words(log: list[dict] # rows of a run's log
     return dict(entropy=end['teacher_entropy'], kl=end['kl'], ln_k=end['ln_k'],
                 information=end['mean_entropy'] - end['teacher_entropy'], verdict=diagnose(log))
 
-# %% ../nbs/40_ablations.ipynb #f14b0143
+# %% ../nbs/40_ablations.ipynb #3b124ebc
+def _images() -> tuple[ImageSource, ImageSource]: # to learn from, to be judged by
+    return open_images(Shapes(N_TRAIN)), open_images(Shapes(N_TEST, split='test'))
+
+def _to_the_end(run: Learner, evaluate=None) -> list[dict]: # the run's log
+    "Train without a word; raise an InterruptedError if a signal stops it."
+    log = run.fit(evaluate=evaluate, report=lambda line: None)
+    if run.step == run.n_steps: return log
+    raise InterruptedError(f'a signal stopped it after step {run.step} of {run.n_steps}.')
+
 def run_row(table: str,  # a name from TABLES
             row: str,    # a label of its rows
             seed: int,   # at least 0
@@ -231,12 +241,10 @@ def run_row(table: str,  # a name from TABLES
     "Train and judge one row of a table with one seed."
     begin, settings = time.time(), run_settings(table, row, seed, epochs)
     config = make_config(**settings)
-    train, test = open_images(Shapes(N_TRAIN)), open_images(Shapes(N_TEST, split='test'))
+    train, test = _images()
     run = Learner(config, train)
     run.config.log_every = max(1, run.n_steps // 20)
-    log = run.fit(report=lambda line: None)
-    if run.step < run.n_steps:
-        raise InterruptedError(f'a signal stopped it after step {run.step} of {run.n_steps}.')
+    log = _to_the_end(run)
     found = dict(table=table, row=row, seed=seed, epochs=epochs, steps=run.step,
                  settings=json.dumps(TABLES[table].rows[row][0]), config=config_id(settings),
                  **_accuracies(run, train, test), **_last_words(log),
@@ -296,6 +304,24 @@ def _numbers(text, place):
         return {k: v if k in TEXTS else json.loads(v) for k, v in row.items()}
     except (TypeError, ValueError): raise ValueError(
         f'{place} is not a whole run; delete the line and give the command again.') from None
+
+# %% ../nbs/40_ablations.ipynb #1b15f8c8
+def knn_curve(seed: int,             # at least 0
+              epochs: float = EPOCHS, # length of the base run; this one is eight times as long
+              points: int = 32       # evaluations, evenly over the run
+             ) -> list[dict]:        # a row for every evaluation
+    "Train the base eight times as long, and judge teacher and student on the way."
+    config = make_config(**run_settings('epochs', '8', seed, epochs))
+    config.knn_every = config.epochs / points
+    train, test = _images()
+    def both(run):
+        return {f'knn_{name}': judge(network.backbone, train, test, config)[0]
+                for name, network in dict(teacher=run.teacher, student=run.student).items()}
+    run = Learner(config, train)
+    log = _to_the_end(run, both) + [dict(step=run.step, epoch=run.epoch) | both(run)]
+    return [dict(seed=seed, of_epochs=config.epochs) | {name: row[name] for name in (
+                'step', 'epoch', 'knn_teacher', 'knn_student')} | _origin(run)
+            for row in log if 'knn_teacher' in row]
 
 # %% ../nbs/40_ablations.ipynb #32834177
 def missing_runs(table: str,   # a name from TABLES
@@ -388,7 +414,22 @@ def _collect(process: subprocess.Popen, # ended
     return (f'{name}: 20-NN teacher {found["knn_teacher"]:.1%}, student {found["knn_student"]:.1%}'
             f', {found["verdict"]}, {found["seconds"]:.0f} s')
 
-# %% ../nbs/40_ablations.ipynb #d3352a33
+# %% ../nbs/40_ablations.ipynb #85d9709f
+def make_curves(seeds: int,    # seeds 0 to seeds - 1
+                epochs: float, # length of the base run
+                folder: Path   # where curve.jsonl lies
+               ):
+    "Append the curves that are missing."
+    path = folder/'curve.jsonl'
+    there = {(row['seed'], row['of_epochs']) for row in read_log(path)}
+    for seed in range(seeds):
+        if (seed, 8 * epochs) in there: continue
+        curve = knn_curve(seed, epochs)
+        write_log(path, curve, 'a')
+        print(f'curve, seed {seed}: teacher {curve[-1]["knn_teacher"]:.1%}, '
+              f'student {curve[-1]["knn_student"]:.1%}', flush=True)
+
+# %% ../nbs/40_ablations.ipynb #09d02ca1
 def _parse_options(argv: list[str] | None # words of the command line; None: sys.argv
                   ) -> argparse.Namespace: # checked options
     "Return the options of the command line."
@@ -399,6 +440,7 @@ def _parse_options(argv: list[str] | None # words of the command line; None: sys
     parser.error = refuse
     parser.add_argument('--table', help='one of the names below')
     parser.add_argument('--all', action='store_true', help='all tables')
+    parser.add_argument('--curve', action='store_true', help='teacher and student along the way')
     parser.add_argument('--seeds', type=int, default=3, help='runs of every row [3]')
     parser.add_argument('--jobs', type=int, default=1, help='processes side by side [1]')
     parser.add_argument('--epochs', type=float, default=EPOCHS, help=f'of a run [{EPOCHS}]')
@@ -410,11 +452,11 @@ def _parse_options(argv: list[str] | None # words of the command line; None: sys
     for name in ('seeds', 'jobs'): check_range(name, getattr(options, name), 1)
     check_range('epochs', options.epochs, 1e-3); check_range('seed', options.seed, 0)
     if options.table: check_choice('table', options.table, TABLES)
-    elif not options.all or options.row:
-        raise ValueError(f'--table is missing; choose from {", ".join(TABLES)}, or give --all.')
+    elif not (options.all or options.curve) or options.row: raise ValueError(
+        f'--table is missing; choose from {", ".join(TABLES)}, or give --all or --curve.')
     return options
 
-# %% ../nbs/40_ablations.ipynb #0d4c8015
+# %% ../nbs/40_ablations.ipynb #3f77fd74
 def main(argv: list[str] | None = None): # words of the command line; None: sys.argv
     "Train what is missing of one table, or of all."
     try:
@@ -422,7 +464,8 @@ def main(argv: list[str] | None = None): # words of the command line; None: sys.
         if options.row:
             return print(json.dumps(run_row(options.table, options.row, options.seed,
                                             options.epochs)))
-        tables, failed = list(TABLES) if options.all else [options.table], []
+        tables = list(TABLES) if options.all else [options.table] * bool(options.table)
+        failed = []
         place = dict(epochs=options.epochs, folder=options.folder)
         options.folder.mkdir(parents=True, exist_ok=True)
         for table in tables: missing_runs(table, options.seeds, **place)  # all files are sound
@@ -430,6 +473,7 @@ def main(argv: list[str] | None = None): # words of the command line; None: sys.
             runs = copy_known(missing_runs(table, options.seeds, **place), **place)
             print(f'{table}: {len(runs)} to make', flush=True)
             failed += do_runs(runs, jobs=options.jobs, **place)
+        if options.curve: make_curves(options.seeds, **place)
     except (ValueError, OSError, FloatingPointError) as error: _complain(error, 2)
     except KeyboardInterrupt: _complain('interrupted; what is done is kept, give it again', 130)
     if failed: _complain(f'{len(failed)} of the runs died, the others are written. '

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_IN_A_ROW', 'build_student', 'run_schedules', 'forward_backward', 'split_views', 'train_step', 'Learner',
-           'count_workers', 'check_divides', 'format_row', 'plot_curves']
+           'count_workers', 'check_parts', 'format_row', 'plot_curves']
 
 # %% ../nbs/23_learner.ipynb #da9d787a
 import inspect
@@ -120,7 +120,7 @@ def train_step(run: 'Learner',            # models, loss, optimizer and schedule
                             run.steps_per_epoch)
     return {name: sum(part[name] for part in measured) / len(parts) for name in measured[0]}
 
-# %% ../nbs/23_learner.ipynb #908412eb
+# %% ../nbs/23_learner.ipynb #8a391445
 class Learner:
     "A run of DINO: models, loss, optimizer, schedules and the step it has reached."
     def __init__(self,
@@ -145,7 +145,7 @@ class Learner:
         self.sampler = StepSampler(len(source), config.batch_size, config.seed, world,
                                    epochs=config.epochs,
                                    order=partial(epoch_order, source, config.seed))
-        check_divides(config.batch_size // world.size, config.accumulate)
+        check_parts(config.batch_size // world.size, config.accumulate, config.target)
         self.steps_per_epoch, self.n_steps = self.sampler.steps_per_epoch, self.sampler.n_steps
         self.schedules = run_schedules(config, self.steps_per_epoch)
         warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
@@ -203,15 +203,19 @@ def count_workers(workers: int # as in the settings; -1: one per core, at most 8
     "Return how many processes decode images."
     return min(8, os.cpu_count()) if workers < 0 else workers
 
-# %% ../nbs/23_learner.ipynb #b9cc6d0b
-def check_divides(n_images: int,  # of a step, in one process
-                  accumulate: int # parts
-                 ):
-    "Raise a ValueError unless the images of a process can be cut into equal parts."
+# %% ../nbs/23_learner.ipynb #91abbcbf
+def check_parts(n_images: int,   # of a step, in one process
+                accumulate: int, # parts
+                target: str      # a name from centering.TARGETS
+               ):
+    "Raise a ValueError unless the images of a process can be cut into parts that can be used."
     if n_images % accumulate:
         fitting = max(n for n in range(1, accumulate) if n_images % n == 0)
         raise ValueError(f'accumulate is {accumulate}, but a process has {n_images} images of '
                          f'every step, which {accumulate} does not divide; make it {fitting}.')
+    if n_images // accumulate == 1 and target in ('sinkhorn', 'softmax_batch'):
+        raise ValueError(f'target is {target}, which balances several images, but a process sees '
+                         'one at a time; raise batch_size, lower accumulate, or use center.')
 
 # %% ../nbs/23_learner.ipynb #0c00bb69
 @patch

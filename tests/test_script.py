@@ -208,6 +208,16 @@ def test_a_collapse_can_end_the_run(images, tmp_path):
     assert 'checkpoint.pt' in files and 'summary.json' not in files
 
 
+def test_without_a_recipe_settings_fit_the_images(images, tmp_path):
+    command = MODULE + ['--data', images, '--epochs', '0.5', '--depth', '1', '--device', 'cpu']
+    status, out, err = run(command + ['--out', 'chosen'], tmp_path)
+    assert status == 0, err
+    assert 'no --recipe: chosen for 86 images' in out and '  out_dim 64: about 20 images' in out
+    assert '  epochs' not in out  # given, so not chosen
+    status, out, err = run(command + ['--recipe', 'tiny', '--out', 'named'], tmp_path)
+    assert status == 2 and 'less than warmup_epochs' in err  # a recipe is taken as it is
+
+
 def test_other_images_are_refused(images, tmp_path):
     data, out = tmp_path/'data', tmp_path/'run'
     shutil.copytree(images, data)
@@ -307,7 +317,10 @@ BAD = [('--data nowhere', 'nowhere'), ('--data empty', 'empty'), ('--data page.p
        ('--out taken', 'taken'), ('--out taken --overwrite', 'taken'),
        ('--probe nowhere', 'nowhere'),
        ('--global-size 50', '50'), ('--local-scale 0.5 0.1', 'local_scale'),
-       ('--n-local -1', 'n_local'), ('--device cuda', 'cuda')]
+       ('--n-local -1', 'n_local'), ('--device cuda', 'cuda'), ('--out-dim 1', 'out_dim'),
+       ('--target sinkhron', 'did you mean sinkhorn'), ('--local-scale 0 0', 'local_scale'),
+       ('--target sinkhorn --batch-size 1', 'one at a time'),
+       ('--loss mse --target sinkhorn', 'which kind mse cannot compare')]
 
 
 @pytest.mark.parametrize('words,sentence', BAD, ids=[words for words, _ in BAD])
