@@ -7,7 +7,7 @@ __all__ = ['EPOCHS', 'N_TRAIN', 'N_TEST', 'BASE', 'TABLES', 'DURATIONS', 'COLUMN
            'ridge_accuracy', 'judge', 'diagnose', 'run_row', 'config_id', 'append_row', 'read_rows', 'knn_curve',
            'missing_runs', 'copy_known', 'do_runs', 'make_curves', 'main']
 
-# %% ../nbs/40_ablations.ipynb #eb42b515
+# %% ../nbs/40_ablations.ipynb #7a70d147
 import argparse
 import csv
 import hashlib
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,12 +42,15 @@ EPOCHS, N_TRAIN, N_TEST = 4, 2500, 500  # of every run, unless a row or --epochs
 BASE = RECIPES['tiny'] | dict(epochs=EPOCHS, warmup_epochs=1, freeze_last_layer=1, min_lr=1e-4,
                               teacher_momentum_end=0.99, knn_every=0, device='cpu')
 
-# %% ../nbs/40_ablations.ipynb #9e1e8c66
+# %% ../nbs/40_ablations.ipynb #9cbe8626
 class Table(NamedTuple):
     "One ablation: rows that differ in few settings."
     title: str  # what is varied
     source: str # where in the paper, and what was measured there
     rows: dict  # label -> (settings that differ from the base, the paper's number or None)
+    make_run: Callable = lambda settings, images: Learner(make_config(**settings), images)
+    verdict: Callable = lambda run, test: None # a word on a run; None: the doctor's is taken
+    module: str = 'dino_nb.ablations'          # whose command makes the rows
 
 TABLES = {}
 
@@ -223,7 +227,7 @@ def _last_words(log: list[dict] # rows of a run's log
     return dict(entropy=end['teacher_entropy'], kl=end['kl'], ln_k=end['ln_k'],
                 information=end['mean_entropy'] - end['teacher_entropy'], verdict=diagnose(log))
 
-# %% ../nbs/40_ablations.ipynb #3b124ebc
+# %% ../nbs/40_ablations.ipynb #bb0e2b50
 def _images() -> tuple[ImageSource, ImageSource]: # to learn from, to be judged by
     return open_images(Shapes(N_TRAIN)), open_images(Shapes(N_TEST, split='test'))
 
@@ -240,15 +244,15 @@ def run_row(table: str,  # a name from TABLES
            ) -> dict:    # a row of the file
     "Train and judge one row of a table with one seed."
     begin, settings = time.time(), run_settings(table, row, seed, epochs)
-    config = make_config(**settings)
     train, test = _images()
-    run = Learner(config, train)
+    run = TABLES[table].make_run(settings, train)
     run.config.log_every = max(1, run.n_steps // 20)
     log = _to_the_end(run)
     found = dict(table=table, row=row, seed=seed, epochs=epochs, steps=run.step,
                  settings=json.dumps(TABLES[table].rows[row][0]), config=config_id(settings),
                  **_accuracies(run, train, test), **_last_words(log),
                  seconds=time.time() - begin, **_origin(run))
+    found['verdict'] = TABLES[table].verdict(run, test) or found['verdict']
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
 
 # %% ../nbs/40_ablations.ipynb #a70717b3
@@ -358,14 +362,14 @@ def copy_known(runs: list, # (table, row, seed) of the runs to make
                 table=table, row=row, settings=json.dumps(TABLES[table].rows[row][0])))
     return lacking
 
-# %% ../nbs/40_ablations.ipynb #22610b82
+# %% ../nbs/40_ablations.ipynb #d5678c24
 def _start_run(run: tuple,    # table, row, seed
                epochs: float, # length of the base run
                jobs: int      # processes that share the cores
               ) -> subprocess.Popen: # prints the row as JSON
     "Start the process of one run."
     table, row, seed = run
-    words = [sys.executable, '-m', 'dino_nb.ablations', '--table', table, '--row', row,
+    words = [sys.executable, '-m', TABLES[table].module, '--table', table, '--row', row,
              '--seed', str(seed), '--epochs', str(epochs)]
     threads = str(max(1, os.cpu_count() // jobs))
     return subprocess.Popen(words, env={'OMP_NUM_THREADS': threads} | os.environ, text=True,

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'rng_state', 'set_rng_state', 'save_checkpoint', 'CheckpointWriter', 'BadCheckpoint', 'load_checkpoint',
-           'StopSignals', 'read_log', 'write_log']
+           'StopSignals', 'read_log', 'write_log', 'format_row', 'plot_curves']
 
-# %% ../nbs/22_checkpoint.ipynb #086f277d
+# %% ../nbs/22_checkpoint.ipynb #1cea9750
 import copy
 import json
 import os
@@ -17,8 +17,10 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict
+from datetime import timedelta
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -169,3 +171,41 @@ def write_log(path: str | Path, # a run's log.jsonl
              ):
     "Write rows to a log, one line each."
     with Path(path).open(mode) as file: file.writelines(json.dumps(row) + '\n' for row in rows)
+
+# %% ../nbs/22_checkpoint.ipynb #772f1889
+def format_row(row: dict,          # one row of the log
+               n_steps: int,       # steps of the whole run
+               epochs: float,      # epochs of the whole run
+               seconds_left: float # until the end of training
+              ) -> str:            # one line
+    "Return a row of the log as a line for the terminal."
+    left = timedelta(seconds=int(seconds_left))
+    knn = ''.join(f'  {name} {row[name]:.1%}' for name in row if name.startswith('knn'))
+    step = f'{row["step"]:{len(str(n_steps))}}/{n_steps}'
+    skipped = f'  {row["skipped"]} steps left out' if row.get('skipped') else ''
+    return (f'epoch {row["epoch"]:5.1f}/{epochs:g}  step {step}'
+            f'  loss {row["loss"]:.3f}  entropy {row["teacher_entropy"]:.3f}  KL {row["kl"]:.3f}'
+            f' (ln K {row["ln_k"]:.2f})  {row["images_per_second"]:.0f} images/s'
+            f'  waiting {row["waiting"]:.0%}  left {left}  {row["verdict"]}{skipped}{knn}')
+
+# %% ../nbs/22_checkpoint.ipynb #95a9a6d3
+def plot_curves(rows: list[dict],             # a run's log
+                baselines: dict | None = None # name -> accuracy, drawn as level lines
+               ) -> plt.Figure:               # three panels
+    "Plot what a run's log holds: the split of the loss, k-NN, and the pace."
+    fig, (split, knn, pace) = plt.subplots(1, 3, figsize=(11, 3), layout='constrained')
+    def column(name): return zip(*[(row['epoch'], row[name]) for row in rows if name in row])
+    for name in ('loss', 'teacher_entropy', 'kl'):
+        split.plot(*column(name), label=name.replace('_', ' '))
+    split.axhline(rows[0]['ln_k'], color='gray', ls=':', label='ln K')
+    split.set(xlabel='epoch', ylabel='nats', ylim=0, title='loss = entropy + KL')
+    for name in sorted({n for row in rows for n in row if n.startswith('knn')}):
+        knn.plot(*column(name), 'o-', ms=3, label=name.replace('_', ' '))
+    for (name, value), style in zip((baselines or {}).items(), [':', '--', '-.']):
+        knn.axhline(value, color='gray', ls=style, label=name)
+    knn.set(xlabel='epoch', ylabel='20-NN accuracy', ylim=(0, 1), title='k-NN')
+    pace.plot(*column('images_per_second'), color='tab:blue')
+    pace.set(xlabel='epoch', ylabel='images/s', ylim=0, title='pace')
+    for ax in (split, knn):
+        if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7)
+    return fig

@@ -193,14 +193,16 @@ def _target_warnings(c, n_images):
         f'out_dim is {c.out_dim} for {n_images} images, so most prototypes stay unused; the paper '
         'has 20 images for each.')
 
-# %% ../nbs/18_collapse.ipynb #84326431
+# %% ../nbs/18_collapse.ipynb #e78b4801
 def _wanted_half_life(batch_size, n_steps):
     "Return the half-life of a student in the teacher: the paper's in images, 2% of a short run."
     return max(1., min(half_life(0.996) * 1024 / batch_size, 0.02 * n_steps))
 
 def _teacher_warnings(c, n_images):
-    if c.teacher_rule in ('student', 'previous_iteration'): yield (
-        f'teacher_rule {c.teacher_rule} does not learn (0.1% in the paper); use ema.')
+    balanced = getattr(c, 'target', 'center') in ('sinkhorn', 'softmax_batch')
+    if c.teacher_rule in ('student', 'previous_iteration') and not balanced: yield (
+        f'teacher_rule {c.teacher_rule} does not learn with a center (0.1% in the paper); use ema, '
+        'or target sinkhorn.')
     if c.teacher_rule != 'ema': return
     n_steps, momentum = c.epochs * (n_images // c.batch_size), min(c.teacher_momentum, 1 - 1e-9)
     steps, wanted = half_life(momentum), _wanted_half_life(c.batch_size, n_steps)

@@ -15,7 +15,7 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
 
-# %% ../nbs/90_train.ipynb #fa1cafc5
+# %% ../nbs/90_train.ipynb #4f930df5
 import json
 import os
 import platform
@@ -34,19 +34,19 @@ import torch
 from . import __version__
 from .attention import (attention_maps, attention_share, best_head_jaccard, mass_mask,
                                show_attention)
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, plot_curves
 from .collapse import check_config, suggest_recipe
 from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
                           probe_split)
 from .dist import World, close_dist, gather_list, init_dist, on_rank0
 from .features import eval_views
 from .knn import evaluate_knn, pixel_knn
-from .learner import Learner, build_student, count_workers, plot_curves
+from .learner import Learner, build_student
 from .settings import (RECIPES, TrainConfig, config_changes, config_record, make_config,
                               setting_docs, typed_settings)
 from .shapes import Shapes
 from .shards import is_shards, open_shards
-from .views import show_views
+from .views import count_workers, show_views
 
 # %% ../nbs/90_train.ipynb #57d1a023
 def open_data(config: TrainConfig # settings of a run
