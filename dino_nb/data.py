@@ -146,13 +146,13 @@ class ImageSource(Dataset):
         "All images, if they lie in memory in one tensor, else None."
         return self.items if isinstance(self.items, torch.Tensor) else None
 
-# %% ../nbs/02_data.ipynb #613d5058
+# %% ../nbs/02_data.ipynb #d95bff90
 @patch
 def subset(self: ImageSource,
            indices: torch.Tensor # (n,) int64, or a list of numbers
           ) -> ImageSource:      # n images, in the order of indices
     "Return a source of some of the images."
-    indices = torch.as_tensor(indices)
+    indices = torch.as_tensor(indices).long()
     in_memory = self.images is not None
     items = self.items[indices] if in_memory else Subset(self.items, indices.tolist())
     labels, groups = (None if column is None else column[indices]
@@ -282,7 +282,7 @@ def _too_many(source, reasons, n_seen, limit) -> TooManyBadFiles:
                            f'({len(reasons) / n_seen:.1%}; a run may skip {100 * limit:g}%): {few}'
                            f'{" ..." if len(reasons) > 3 else "."}')
 
-# %% ../nbs/02_data.ipynb #d3d87849
+# %% ../nbs/02_data.ipynb #008d23cf
 class BadFiles:
     "The images of a run that could not be read; too many of them stop it."
     def __init__(self,
@@ -311,8 +311,13 @@ class BadFiles:
         rows = [f'{self.source.name(i)}\t{self.reasons[i]}\n' for i in sorted(self.reasons)]
         if rows: Path(path).write_text(''.join(rows), encoding='utf-8', errors='surrogateescape')
 
-    def state_dict(self) -> dict: return dict(reasons=dict(self.reasons))
-    def load_state_dict(self, state: dict): self.reasons = dict(state['reasons'])
+    def state_dict(self) -> dict: # plain values
+        "Return what a checkpoint has to hold."
+        return dict(reasons=dict(self.reasons))
+
+    def load_state_dict(self, state: dict): # as `state_dict` returns it
+        "Go back to the files that were known to be bad."
+        self.reasons = dict(state['reasons'])
 
 # %% ../nbs/02_data.ipynb #ca0a907d
 def check_images(source: ImageSource,  # the images of a run

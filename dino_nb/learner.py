@@ -310,7 +310,7 @@ def _open_log(self: Learner, folder: Path | None) -> list[dict]:
     if folder and self.world.is_main: write_log(folder/'log.jsonl', rows)
     return rows
 
-# %% ../nbs/23_learner.ipynb #9ece8a70
+# %% ../nbs/23_learner.ipynb #3e07ce9f
 @patch
 def fit(self: Learner,
         folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
@@ -339,14 +339,14 @@ def fit(self: Learner,
                 if writer: self._save(writer, save or stop or self.step == self.n_steps, report)
             else: self.seconds += clock.tick()
             if stop: break
-    if writer: writer.wait()
+    if writer: _written(writer, report)
     if self.step < self.n_steps:
         why = self.verdict.state if self.given_up() else signals.caught or 'a signal'
         how = '--on-collapse warn' if self.given_up() else 'the same command'
         report(f'{why}: stopped after step {self.step} of {self.n_steps}; {how} goes on from here')
     return rows
 
-# %% ../nbs/23_learner.ipynb #de711882
+# %% ../nbs/23_learner.ipynb #2a034b0e
 @patch
 def given_up(self: Learner) -> bool: # the same in all processes, as the verdict is
     "True if the doctor found a collapse and the settings say to stop then."
@@ -373,6 +373,10 @@ def _save(self: Learner, writer: CheckpointWriter, now: bool, report):
     "Write a checkpoint, if now or after enough minutes; a full disk does not stop the run."
     minutes = (time.time() - writer.saved_at) / 60
     if not now and minutes < self.config.checkpoint_minutes: return
-    try: writer.wait()
-    except OSError as error: report(f'note: {error}')  # of the writing before this one
+    _written(writer, report)
     writer.save(self.state())
+
+def _written(writer: CheckpointWriter, report):
+    "Wait for the last checkpoint; say so if it could not be written."
+    try: writer.wait()
+    except OSError as error: report(f'note: {error}')

@@ -103,7 +103,7 @@ def render_scene(scene: Scene, # what to draw
     image = background + (surface - background) * cover
     return (255 * image.clamp(0, 1)).round().to(torch.uint8), level < 0
 
-# %% ../nbs/01_shapes.ipynb #d817db29
+# %% ../nbs/01_shapes.ipynb #f48c3fb7
 class Shapes(Dataset):
     "Ten classes of patterned objects; image i is a pure function of (seed, split, i)."
     classes = [f'{silhouette} with {texture}' for silhouette, texture in CLASSES]
@@ -137,8 +137,16 @@ class Shapes(Dataset):
         return [torch.stack(part) for part in zip(*pairs)]
 
     @property
-    def images(self): return self._rendered[0] # (n, 3, size, size) uint8
+    def images(self) -> torch.Tensor: # (n, 3, size, size) uint8
+        "All images."
+        return self._rendered[0]
+
     @property
-    def masks(self): return self._rendered[1]  # (n, size, size) bool
+    def masks(self) -> torch.Tensor: # (n, size, size) bool
+        "Where the objects are."
+        return self._rendered[1]
+
     @property
-    def labels(self): return torch.arange(self.n) % len(CLASSES) # (n,) int64
+    def labels(self) -> torch.Tensor: # (n,) int64
+        "The class of every image."
+        return torch.arange(self.n) % len(CLASSES)

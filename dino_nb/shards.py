@@ -100,7 +100,7 @@ def _kept_index(paths: list[str]) -> dict[str, np.ndarray]:
     except OSError: pass           # it is a convenience
     return index
 
-# %% ../nbs/06_shards.ipynb #30598fbe
+# %% ../nbs/06_shards.ipynb #79855f0d
 @lru_cache(64)
 def _opened(path: str, changed: int): return open(path, 'rb')
 
@@ -116,7 +116,8 @@ class _Members:
     def __getitem__(self, i):
         return decode_image(io.BytesIO(self.read(i)), os.fsdecode(self.names[i]))
 
-    def read(self, i: int) -> bytes:
+    def read(self, i: int) -> bytes: # of the file, as it was packed
+        "Return an image's file."
         number = self.shard[i]
         file = _opened(self.paths[number], self.changed[number])
         return os.pread(file.fileno(), int(self.size[i]), int(self.offset[i]))
