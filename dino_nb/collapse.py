@@ -193,7 +193,7 @@ def _target_warnings(c, n_images):
         f'out_dim is {c.out_dim} for {n_images} images, so most prototypes stay unused; the paper '
         'has 20 images for each.')
 
-# %% ../nbs/18_collapse.ipynb #e78b4801
+# %% ../nbs/18_collapse.ipynb #81ab95d7
 def _wanted_half_life(batch_size, n_steps):
     "Return the half-life of a student in the teacher: the paper's in images, 2% of a short run."
     return max(1., min(half_life(0.996) * 1024 / batch_size, 0.02 * n_steps))
@@ -209,7 +209,7 @@ def _teacher_warnings(c, n_images):
     if steps < wanted / 3: yield (
         f'teacher_momentum {momentum:g} averages over some {steps * c.batch_size:.0f} images, few '
         f'for batches of {c.batch_size}; raise it to about {0.5 ** (1 / wanted):.4f}.')
-    if steps > n_steps / 5: yield (
+    if steps > max(1, n_steps / 5): yield (
         f'teacher_momentum {momentum:g} needs {steps:.0f} steps to halve the random start, of '
         f'{n_steps:.0f} in the run; train longer, or lower it to about {0.5 ** (1 / wanted):.4f}.')
 
@@ -233,7 +233,7 @@ def check_config(config,        # settings: an object with the names of TrainCon
     return [*_target_warnings(config, n_images), *_teacher_warnings(config, n_images),
             *_rate_warnings(config)]
 
-# %% ../nbs/18_collapse.ipynb #16663e15
+# %% ../nbs/18_collapse.ipynb #51bfaf5d
 def _choices(n_images, batch_size, device_memory, epochs):
     "Yield name, value and reason of every setting that a recipe should choose."
     steps = n_images // batch_size  # per epoch
@@ -241,12 +241,12 @@ def _choices(n_images, batch_size, device_memory, epochs):
     if epochs is None:
         epochs = min(max(100, -(-10_000 // steps)), 800)
         why = 'at least 100 and at least 10,000 steps; at most 800'
-    out_dim = 2 ** min(max(round(math.log2(n_images / 20)), 6), 16)
+    out_dim = 2 ** min(max(round(math.log2(n_images / 20)), 6), 16, int(math.log2(n_images)))
     keep = _wanted_half_life(batch_size, epochs * steps)
     large = n_images >= 1_000_000
     yield 'batch_size', batch_size, 'as given'
     yield 'epochs', epochs, f'{why}: {epochs * steps:.0f} steps'
-    yield 'out_dim', out_dim, 'about 20 images per prototype, at most the published 65536'
+    yield 'out_dim', out_dim, 'about 20 images for each; at least 64 and at most 65536, never more than images'
     yield 'warmup_epochs', epochs / 10, f'a tenth of the run: {epochs * steps / 10:.0f} steps'
     yield 'freeze_last_layer', min(1, epochs / 10), 'the published epoch, or a tenth of a short run'
     yield ('teacher_momentum', round(0.5 ** (1 / keep), 5),

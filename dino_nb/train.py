@@ -15,7 +15,7 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
 
-# %% ../nbs/90_train.ipynb #4f930df5
+# %% ../nbs/90_train.ipynb #a3a2fa63
 import json
 import os
 import platform
@@ -34,6 +34,7 @@ import torch
 from . import __version__
 from .attention import (attention_maps, attention_share, best_head_jaccard, mass_mask,
                                show_attention)
+from .augment import ViewSettings
 from .checkpoint import load_checkpoint, plot_curves
 from .collapse import check_config, suggest_recipe
 from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
@@ -262,7 +263,7 @@ def check_device(name: str): # auto, cpu, cuda or mps
         raise ValueError(f'device is {name}, but torch finds none on this machine; '
                          'auto takes the best there is.')
 
-# %% ../nbs/90_train.ipynb #1aef4696
+# %% ../nbs/90_train.ipynb #693af02d
 def choose_settings(typed: dict,   # what the user typed
                     n_images: int, # images to train on
                     device: torch.device # where the run computes
@@ -272,7 +273,9 @@ def choose_settings(typed: dict,   # what the user typed
     batch_size = typed.get('batch_size', min(RECIPES['tiny']['batch_size'], n_images))
     memory = torch.cuda.mem_get_info(device)[1] if device.type == 'cuda' else None
     chosen, reasons = suggest_recipe(n_images, batch_size, memory, typed.get('epochs'))
-    return make_config(**chosen | typed), {n: why for n, why in reasons.items() if n not in typed}
+    chosen['hue'], reasons['hue'] = ViewSettings.hue, 'the published one, for photographs'
+    told = {n: why for n, why in reasons.items() if n not in typed and n != 'batch_size'}
+    return make_config(**chosen | typed), told
 
 # %% ../nbs/90_train.ipynb #eed259a3
 def prepare(argv: list[str] | None # words of the command line; None: sys.argv
