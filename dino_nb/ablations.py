@@ -122,13 +122,13 @@ TABLES['batch_norm'] = Table('Batch norm in the head', 'Appendix, top-1', {
 TABLES['activation'] = Table('Activation in the head', 'Appendix, top-1', {
     'GELU': ({}, 69.7), 'ReLU': (dict(activation='relu'), 68.9)})
 
-# %% ../nbs/40_ablations.ipynb #eef657a9
+# %% ../nbs/40_ablations.ipynb #131d6c5f
 TABLES['crop_scale'] = Table('The scale s between local and global crops', 'Appendix, top-1', {
     str(s): (dict(global_scale=(s, 1.), local_scale=(0.05, s)), paper)
     for s, paper in [(0.08, 65.6), (0.16, 68.0), (0.24, 69.7), (0.32, 69.8), (0.48, 69.5)]})
 
 TABLES['n_local'] = Table('Number of local crops', 'Table 8, linear, 100 epochs', {
-    '0': (dict(n_local=0), 67.8), '2': ({}, 71.5), '6': (dict(n_local=6), 73.8),
+    '0': (dict(n_local=0, global_scale=(0.14, 1.)), 67.8), '2': ({}, 71.5), '6': (dict(n_local=6), 73.8),
     '10': (dict(n_local=10), 74.6)})
 
 TABLES['batch_size'] = Table('Images per step, the paper\'s / 16', 'Appendix, top-1', {

@@ -154,7 +154,7 @@ class StopSignals:
     def __exit__(self, *error):
         for name, handler in self._before.items(): signal.signal(getattr(signal, name), handler)
 
-# %% ../nbs/22_checkpoint.ipynb #c0816027
+# %% ../nbs/22_checkpoint.ipynb #b424824d
 def read_log(path: str | Path,           # a run's log.jsonl
              up_to: float = float('inf') # last step wanted
             ) -> list[dict]:             # its rows; none if there is no file
@@ -170,7 +170,7 @@ def write_log(path: str | Path, # a run's log.jsonl
               mode: str = 'w'   # w: anew; a: at the end
              ):
     "Write rows to a log, one line each."
-    with Path(path).open(mode) as file: file.writelines(json.dumps(row) + '\n' for row in rows)
+    with Path(path).open(mode) as file: file.write(''.join(json.dumps(r) + '\n' for r in rows))
 
 # %% ../nbs/22_checkpoint.ipynb #772f1889
 def format_row(row: dict,          # one row of the log

@@ -68,7 +68,7 @@ def _agreement(student_logits, probs):
     ours = student_logits[:len(probs)].argmax(-1).view(2, -1)
     return (ours.flip(0) == probs.argmax(-1).view(2, -1)).float().mean()
 
-# %% ../nbs/18_collapse.ipynb #fb272a0c
+# %% ../nbs/18_collapse.ipynb #d6c9aaa4
 ADVICE = {
     'warming up': 'Nothing to change yet.',
     'healthy': 'Nothing to change. Whether the features are good is for k-NN to say.',
@@ -106,7 +106,7 @@ class Verdict(NamedTuple):
 
     @property
     def collapsed(self) -> bool:
-        "True for a state that more steps alone will not heal."
+        "True for a state that more steps alone will hardly heal."
         return self.state == 'diverged' or self.state.endswith('collapse')
 
     def __str__(self): return f'{self.state}: {self.evidence} {self.advice}'
