@@ -122,14 +122,14 @@ TABLES['batch_norm'] = Table('Batch norm in the head', 'Appendix, top-1', {
 TABLES['activation'] = Table('Activation in the head', 'Appendix, top-1', {
     'GELU': ({}, 69.7), 'ReLU': (dict(activation='relu'), 68.9)})
 
-# %% ../nbs/40_ablations.ipynb #131d6c5f
+# %% ../nbs/40_ablations.ipynb #9aedd46d
 TABLES['crop_scale'] = Table('The scale s between local and global crops', 'Appendix, top-1', {
     str(s): (dict(global_scale=(s, 1.), local_scale=(0.05, s)), paper)
     for s, paper in [(0.08, 65.6), (0.16, 68.0), (0.24, 69.7), (0.32, 69.8), (0.48, 69.5)]})
 
 TABLES['n_local'] = Table('Number of local crops', 'Table 8, linear, 100 epochs', {
-    '0': (dict(n_local=0, global_scale=(0.14, 1.)), 67.8), '2': ({}, 71.5), '6': (dict(n_local=6), 73.8),
-    '10': (dict(n_local=10), 74.6)})
+    '0': (dict(n_local=0, global_scale=(0.14, 1.)), 67.8), '2': ({}, 71.5),
+    '6': (dict(n_local=6), 73.8), '10': (dict(n_local=10), 74.6)})
 
 TABLES['batch_size'] = Table('Images per step, the paper\'s / 16', 'Appendix, top-1', {
     '8': (dict(batch_size=8), 57.9), '16': (dict(batch_size=16), 59.1), '32': ({}, 59.6),
@@ -255,7 +255,7 @@ def run_row(table: str,  # a name from TABLES
     found['verdict'] = TABLES[table].verdict(run, test) or found['verdict']
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
 
-# %% ../nbs/40_ablations.ipynb #a70717b3
+# %% ../nbs/40_ablations.ipynb #1ce43687
 def config_id(settings: dict # as `run_settings` returns them
              ) -> str:       # 8 hexadecimal digits
     "Return a short name that two runs share only if all their settings agree."
@@ -264,11 +264,18 @@ def config_id(settings: dict # as `run_settings` returns them
 
 def _origin(run: Learner) -> dict[str, str]: # commit, hardware, torch
     "Return where a run was made: the code's commit, the hardware, torch's version."
-    git = subprocess.run(['git', 'describe', '--always', '--dirty', '--exclude=*'], text=True,
-                         cwd=sys.modules['dino_nb'].__path__[0], capture_output=True)
     hardware = (f'{platform.machine()} {run.device.type} {str(run.dtype).removeprefix("torch.")}, '
                 f'{torch.get_num_threads()} of {os.cpu_count()} cores')
-    return dict(commit=git.stdout.strip() or 'none', hardware=hardware, torch=torch.__version__)
+    return dict(commit=_commit(), hardware=hardware, torch=torch.__version__)
+
+def _commit() -> str: # with -dirty if the code is not what was committed; none without git
+    "Return the commit of the code."
+    def git(*words):
+        return subprocess.run(['git', *words], text=True, capture_output=True,
+                              cwd=sys.modules['dino_nb'].__path__[0]).stdout.strip()
+    try: dirty = '-dirty' * bool(git('status', '--short', '.'))
+    except OSError: return 'none'
+    return git('rev-parse', '--short', 'HEAD') + dirty or 'none'
 
 # %% ../nbs/40_ablations.ipynb #6841e97c
 COLUMNS = ('table', 'row', 'seed', 'epochs', 'steps', 'settings', 'config', 'knn_teacher',
@@ -309,13 +316,14 @@ def _numbers(text, place):
     except (TypeError, ValueError): raise ValueError(
         f'{place} is not a whole run; delete the line and give the command again.') from None
 
-# %% ../nbs/40_ablations.ipynb #1b15f8c8
+# %% ../nbs/40_ablations.ipynb #f6d06eed
 def knn_curve(seed: int,             # at least 0
               epochs: float = EPOCHS, # length of the base run; this one is eight times as long
               points: int = 32       # evaluations, evenly over the run
              ) -> list[dict]:        # a row for every evaluation
     "Train the base eight times as long, and judge teacher and student on the way."
-    config = make_config(**run_settings('epochs', '8', seed, epochs))
+    settings = run_settings('epochs', '8', seed, epochs)
+    config = make_config(**settings)
     config.knn_every = config.epochs / points
     train, test = _images()
     def both(run):
@@ -323,8 +331,9 @@ def knn_curve(seed: int,             # at least 0
                 for name, network in dict(teacher=run.teacher, student=run.student).items()}
     run = Learner(config, train)
     log = _to_the_end(run, both) + [dict(step=run.step, epoch=run.epoch) | both(run)]
-    return [dict(seed=seed, of_epochs=config.epochs) | {name: row[name] for name in (
-                'step', 'epoch', 'knn_teacher', 'knn_student')} | _origin(run)
+    own = dict(seed=seed, config=config_id(settings), of_steps=run.n_steps) | _origin(run)
+    return [own | {name: row[name] for name in (
+                'step', 'epoch', 'knn_teacher', 'knn_student')}
             for row in log if 'knn_teacher' in row]
 
 # %% ../nbs/40_ablations.ipynb #32834177
@@ -418,32 +427,33 @@ def _collect(process: subprocess.Popen, # ended
     return (f'{name}: 20-NN teacher {found["knn_teacher"]:.1%}, student {found["knn_student"]:.1%}'
             f', {found["verdict"]}, {found["seconds"]:.0f} s')
 
-# %% ../nbs/40_ablations.ipynb #85d9709f
+# %% ../nbs/40_ablations.ipynb #f94131a4
 def make_curves(seeds: int,    # seeds 0 to seeds - 1
                 epochs: float, # length of the base run
                 folder: Path   # where curve.jsonl lies
                ):
     "Append the curves that are missing."
     path = folder/'curve.jsonl'
-    there = {(row['seed'], row['of_epochs']) for row in read_log(path)}
+    whole = {row['config'] for row in read_log(path) if row['step'] == row['of_steps']}
     for seed in range(seeds):
-        if (seed, 8 * epochs) in there: continue
+        if config_id(run_settings('epochs', '8', seed, epochs)) in whole: continue
         curve = knn_curve(seed, epochs)
         write_log(path, curve, 'a')
         print(f'curve, seed {seed}: teacher {curve[-1]["knn_teacher"]:.1%}, '
               f'student {curve[-1]["knn_student"]:.1%}', flush=True)
 
-# %% ../nbs/40_ablations.ipynb #09d02ca1
+# %% ../nbs/40_ablations.ipynb #a6db07be
 def _parse_options(argv: list[str] | None # words of the command line; None: sys.argv
                   ) -> argparse.Namespace: # checked options
     "Return the options of the command line."
     def refuse(message): raise ValueError(f'{message}.')
     parser = argparse.ArgumentParser('python -m dino_nb.ablations', allow_abbrev=False,
                                      description='Train the rows of tables that are missing.',
-                                     epilog=f'Tables: {", ".join(TABLES)}.')
+                                     epilog=f'Tables: {", ".join(TABLES)}. Other methods have a '
+                                            'command of their own, python -m dino_nb.methods.')
     parser.error = refuse
     parser.add_argument('--table', help='one of the names below')
-    parser.add_argument('--all', action='store_true', help='all tables')
+    parser.add_argument('--all', action='store_true', help='all tables below')
     parser.add_argument('--curve', action='store_true', help='teacher and student along the way')
     parser.add_argument('--seeds', type=int, default=3, help='runs of every row [3]')
     parser.add_argument('--jobs', type=int, default=1, help='processes side by side [1]')
@@ -460,7 +470,7 @@ def _parse_options(argv: list[str] | None # words of the command line; None: sys
         f'--table is missing; choose from {", ".join(TABLES)}, or give --all or --curve.')
     return options
 
-# %% ../nbs/40_ablations.ipynb #3f77fd74
+# %% ../nbs/40_ablations.ipynb #bef5c575
 def main(argv: list[str] | None = None): # words of the command line; None: sys.argv
     "Train what is missing of one table, or of all."
     try:
@@ -478,8 +488,9 @@ def main(argv: list[str] | None = None): # words of the command line; None: sys.
             print(f'{table}: {len(runs)} to make', flush=True)
             failed += do_runs(runs, jobs=options.jobs, **place)
         if options.curve: make_curves(options.seeds, **place)
+    except (KeyboardInterrupt, InterruptedError):
+        _complain('interrupted; what is done is kept, give it again', 130)
     except (ValueError, OSError, FloatingPointError) as error: _complain(error, 2)
-    except KeyboardInterrupt: _complain('interrupted; what is done is kept, give it again', 130)
     if failed: _complain(f'{len(failed)} of the runs died, the others are written. '
                         f'{"; ".join(failed)}. The same command tries them again.', 1)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'rng_state', 'set_rng_state', 'save_checkpoint', 'CheckpointWriter', 'BadCheckpoint', 'load_checkpoint',
-           'StopSignals', 'read_log', 'write_log', 'format_row', 'plot_curves']
+           'StopSignals', 'read_log', 'write_text', 'write_log', 'format_row', 'plot_curves']
 
 # %% ../nbs/22_checkpoint.ipynb #1cea9750
 import copy
@@ -154,7 +154,7 @@ class StopSignals:
     def __exit__(self, *error):
         for name, handler in self._before.items(): signal.signal(getattr(signal, name), handler)
 
-# %% ../nbs/22_checkpoint.ipynb #b424824d
+# %% ../nbs/22_checkpoint.ipynb #93b466d6
 def read_log(path: str | Path,           # a run's log.jsonl
              up_to: float = float('inf') # last step wanted
             ) -> list[dict]:             # its rows; none if there is no file
@@ -165,12 +165,22 @@ def read_log(path: str | Path,           # a run's log.jsonl
         except json.JSONDecodeError: continue
     return [row for row in rows if row['step'] <= up_to]
 
+def write_text(path: str | Path, # a text file
+               text: str         # what it is to hold
+              ):
+    "Write a text file such that a crash leaves the old one or the new one."
+    temporary = Path(f'{path}.tmp')
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
 def write_log(path: str | Path, # a run's log.jsonl
               rows: list[dict], # what to write
-              mode: str = 'w'   # w: anew; a: at the end
+              mode: str = 'w'   # w: anew, in one stroke; a: at the end
              ):
     "Write rows to a log, one line each."
-    with Path(path).open(mode) as file: file.write(''.join(json.dumps(r) + '\n' for r in rows))
+    lines = ''.join(json.dumps(row) + '\n' for row in rows)
+    if mode == 'w': return write_text(path, lines)
+    with Path(path).open('a') as file: file.write(lines)
 
 # %% ../nbs/22_checkpoint.ipynb #772f1889
 def format_row(row: dict,          # one row of the log

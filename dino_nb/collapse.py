@@ -233,7 +233,7 @@ def check_config(config,        # settings: an object with the names of TrainCon
     return [*_target_warnings(config, n_images), *_teacher_warnings(config, n_images),
             *_rate_warnings(config)]
 
-# %% ../nbs/18_collapse.ipynb #51bfaf5d
+# %% ../nbs/18_collapse.ipynb #dd18ddee
 def _choices(n_images, batch_size, device_memory, epochs):
     "Yield name, value and reason of every setting that a recipe should choose."
     steps = n_images // batch_size  # per epoch
@@ -251,6 +251,7 @@ def _choices(n_images, batch_size, device_memory, epochs):
     yield 'freeze_last_layer', min(1, epochs / 10), 'the published epoch, or a tenth of a short run'
     yield ('teacher_momentum', round(0.5 ** (1 / keep), 5),
            f'an old student counts half after {keep:.0f} steps, {keep * batch_size:.0f} images')
+    yield 'teacher_momentum_end', 1., 'the published end: a teacher that stands still'
     yield 'warmup_teacher_temp', 0.04, 'safe from the first step'
     yield ('teacher_temp', 0.07 if large else 0.04,
            'published for long runs on a million images' if large else 'no need to go higher')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['class_scores', 'class_rank', 'knn_search', 'Accuracy', 'knn_accuracy', 'evaluate_knn', 'pixel_knn']
 
-# %% ../nbs/31_knn.ipynb #2a671a31
+# %% ../nbs/31_knn.ipynb #6e0eff5f
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .core import check_choice, check_range
+from .core import check_choice, check_range, default_of
 from .data import BadFiles, ImageSource
 from .dist import World, all_mean, gather_rows, shard
 from .features import extract_features, raw_pixel_features
@@ -121,12 +121,12 @@ def knn_accuracy(train_features: torch.Tensor, # (N, D), any length per row
     return {k: _vote(similarities[:, :k], votes[:, :k], right, len(classes), temperature)
             for k in ks}
 
-# %% ../nbs/31_knn.ipynb #47d6d35e
+# %% ../nbs/31_knn.ipynb #8a4f5c44
 def _share(extract, source, world, name):
     "Return features and labels of the readable images among this process's share."
     if source.labels is None: raise ValueError(f'{name} has no labels; k-NN needs them.')
     mine = source if world.size == 1 else source.subset(list(shard(len(source), world)))
-    bad = BadFiles(mine)
+    bad = BadFiles(mine, limit=min(1., max(default_of(BadFiles, 'limit'), 3 / len(mine))))
     features = extract(mine, bad=bad)
     readable = torch.ones(len(mine), dtype=torch.bool)
     readable[list(bad.reasons)] = False

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_IN_A_ROW', 'build_student', 'run_schedules', 'forward_backward', 'train_step', 'Learner', 'check_parts']
 
-# %% ../nbs/23_learner.ipynb #346c3617
+# %% ../nbs/23_learner.ipynb #d3a1e036
 import inspect
 import json
-import os
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -24,8 +23,9 @@ from .checkpoint import (CheckpointWriter, StopSignals, format_row, read_log,
                                 write_log)
 from .collapse import CollapseDoctor, collapse_stats
 from .core import autocast, default_dtype, default_of, generator, set_seed
-from .data import BadFiles, ImageSource
-from .dist import StepSampler, World, all_any, all_mean, all_mean_later, gather_list
+from .data import BadFiles, ImageSource, TooManyBadFiles
+from .dist import (StepSampler, World, all_any, all_mean, all_mean_later, gather_list,
+                          on_rank0)
 from .head import DINOHead, Predictor
 from .loss import DINOLoss
 from .multicrop import MultiCropWrapper, split_views
@@ -290,7 +290,7 @@ def _give_up(self: Learner, step: int, folder: Path | None):
         'were left out. The weights before them are in the checkpoint, the images of these steps '
         'in bad_steps.json. Lower lr, or use bfloat16 or float32.')
 
-# %% ../nbs/23_learner.ipynb #3ae67590
+# %% ../nbs/23_learner.ipynb #5e5902c1
 @patch
 def _due(self: Learner, every: int) -> bool:
     "True if the step that is about to be taken ends an interval of so many steps."
@@ -305,12 +305,12 @@ def _evaluation_due(self: Learner) -> bool:
 @patch
 def _open_log(self: Learner, folder: Path | None) -> list[dict]:
     "The rows of a run that goes on, as the log and the doctor now know them."
-    rows = read_log(folder/'log.jsonl', self.step) if folder else []
+    rows = on_rank0(read_log, folder/'log.jsonl', self.step) if folder else []
     for row in rows: self.verdict = self.doctor.update(row)
     if folder and self.world.is_main: write_log(folder/'log.jsonl', rows)
     return rows
 
-# %% ../nbs/23_learner.ipynb #3e07ce9f
+# %% ../nbs/23_learner.ipynb #beb0b7e6
 @patch
 def fit(self: Learner,
         folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
@@ -329,7 +329,7 @@ def fit(self: Learner,
             self.step += 1
             stop = all_any(signals.caught is not None or self.given_up())
             if measure or save or stop:
-                left_out, unread = self._settle(unread, folder), []
+                left_out, unread = self._settle(unread, folder, writer, report), []
                 self.seconds += clock.tick()
                 if measure and not left_out:
                     rows.append(self._row(measured, clock))
@@ -346,7 +346,7 @@ def fit(self: Learner,
         report(f'{why}: stopped after step {self.step} of {self.n_steps}; {how} goes on from here')
     return rows
 
-# %% ../nbs/23_learner.ipynb #2a034b0e
+# %% ../nbs/23_learner.ipynb #c980a5a6
 @patch
 def given_up(self: Learner) -> bool: # the same in all processes, as the verdict is
     "True if the doctor found a collapse and the settings say to stop then."
@@ -354,10 +354,16 @@ def given_up(self: Learner) -> bool: # the same in all processes, as the verdict
     return found and self.config.on_collapse == 'stop'
 
 @patch
-def _settle(self: Learner, unread: list, folder: Path | None) -> bool: # was the step left out?
-    "Bring the counts up to date, in every process."
-    for index, reason in gather_list(unread): self.bad_files.record(index, reason)
-    return self._count_skipped(folder)
+def _settle(self: Learner, unread: list, folder: Path | None, writer: CheckpointWriter | None,
+            report) -> bool: # was the step left out?
+    "Bring the counts up to date, in every process; if that ends the run, save it first."
+    try:
+        for index, reason in gather_list(unread): self.bad_files.record(index, reason)
+        return self._count_skipped(folder)
+    except (FloatingPointError, TooManyBadFiles):
+        self.in_a_row, self.flags = 0, []  # when it goes on, it is given another chance
+        if writer: self._save(writer, True, report); _written(writer, report)
+        raise
 
 @patch
 def _tell(self: Learner, rows: list[dict], report, folder: Path | None):
@@ -366,7 +372,9 @@ def _tell(self: Learner, rows: list[dict], report, folder: Path | None):
     report(format_row(rows[-1], self.n_steps, self.config.epochs, left))
     before = rows[-2]['verdict'] if len(rows) > 1 else CollapseDoctor().state
     if rows[-1]['verdict'] != before: report(str(self.verdict))
-    if folder and self.world.is_main: write_log(folder/'log.jsonl', rows[-1:], 'a')
+    if not folder or not self.world.is_main: return
+    try: write_log(folder/'log.jsonl', rows[-1:], 'a')
+    except OSError as error: report(f'note: log.jsonl could not be written ({error})')
 
 @patch
 def _save(self: Learner, writer: CheckpointWriter, now: bool, report):

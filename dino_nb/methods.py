@@ -158,9 +158,9 @@ def output_spread(outputs: torch.Tensor # (n, D) of n different images, at least
     total = normalize(at_least_float32(outputs)).sum(0).square().sum().item()
     return 1 - (total - n) / (n * (n - 1))
 
-# %% ../nbs/42_methods.ipynb #30082a33
+# %% ../nbs/42_methods.ipynb #001cb88f
 _two_views = TABLES['components'].rows['no multi-crop'][0]
-_copy = dict(teacher_rule='student')
+_copy = TABLES['components'].rows['no momentum'][0]
 _projector = dict(l2_bottleneck=False, head_layers=1, out_dim=128, freeze_last_layer=0)
 _byol = _projector | dict(loss='mse', target='none', predictor=256, use_bn=True)
 

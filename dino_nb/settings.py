@@ -7,8 +7,9 @@ __all__ = ['RANGES', 'CHOICES', 'RECIPES', 'FREE', 'DataSettings', 'ModelSetting
            'RunSettings', 'TrainConfig', 'make_config', 'setting_docs', 'settings_parser', 'typed_settings',
            'config_record', 'config_changes']
 
-# %% ../nbs/19_settings.ipynb #61e6382b
+# %% ../nbs/19_settings.ipynb #efeaf56d
 import argparse
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, fields
@@ -212,7 +213,7 @@ def settings_parser() -> argparse.ArgumentParser: # flags without defaults
                                help=f'{doc} [{default}]'.replace('%', '%%'))
     return parser
 
-# %% ../nbs/19_settings.ipynb #e17495c6
+# %% ../nbs/19_settings.ipynb #832be1af
 def typed_settings(argv: list[str] | None = None # words of the command line; None: sys.argv
                   ) -> dict:                     # setting -> value
     "Return the settings that a command line names, and no others."
@@ -220,6 +221,10 @@ def typed_settings(argv: list[str] | None = None # words of the command line; No
     typed, unknown = parser.parse_known_args(argv)
     flags = [option for action in parser._actions for option in action.option_strings]
     for word in unknown: check_choice('setting', word.split('=')[0], flags)
+    for name, value in vars(typed).items():
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, float) and not math.isfinite(x):
+                raise ValueError(f'{name} is {x}; it must be a finite number.')
     return {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in vars(typed).items()}
 
 # %% ../nbs/19_settings.ipynb #729d9db0

@@ -13,6 +13,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from dino_nb.checkpoint import load_checkpoint
+from dino_nb.data import open_images, probe_split
 from dino_nb.shapes import Shapes
 
 SCRIPT = Path(__file__).parent.parent/'dino_nb'/'train.py'
@@ -317,7 +318,8 @@ BAD = [('--data nowhere', 'nowhere'), ('--data empty', 'empty'), ('--data page.p
        ('--out taken', 'taken'), ('--out taken --overwrite', 'taken'),
        ('--probe nowhere', 'nowhere'),
        ('--global-size 50', '50'), ('--local-scale 0.5 0.1', 'local_scale'),
-       ('--n-local -1', 'n_local'), ('--device cuda', 'cuda'), ('--out-dim 1', 'out_dim'),
+       ('--n-local -1', 'n_local'), ('--device cuda', 'cuda'),
+       ('--epochs inf', 'finite'), ('--out-dim 1', 'out_dim'),
        ('--target sinkhron', 'did you mean sinkhorn'), ('--local-scale 0 0', 'local_scale'),
        ('--target sinkhorn --batch-size 1', 'one at a time'),
        ('--loss mse --target sinkhorn', 'which kind mse cannot compare')]
@@ -345,16 +347,23 @@ def test_another_run_is_not_overwritten(images, tmp_path):
 
 
 def test_bad_files(images, tmp_path):
-    "One truncated file of 300 is left out and named; 4 of 300 stop the run"
-    shapes, folder = Shapes(300, size=40), tmp_path/'many'
-    folder.mkdir()
-    for i, image in enumerate(shapes.images): to_pil_image(image).save(folder/f'{i:03}.jpg')
-    cut = lambda i: (folder/f'{i:03}.jpg').write_bytes((folder/f'{i:03}.jpg').read_bytes()[:400])
-    cut(7)
+    "Two truncated files of 600 are left out, wherever they fall; a dozen stop the run"
+    shapes, folder = Shapes(600, size=40), tmp_path/'many'
+    for i, image in enumerate(shapes.images):
+        (folder/f'class_{i % 2}').mkdir(parents=True, exist_ok=True)
+        to_pil_image(image).save(folder/f'class_{i % 2}'/f'{i:03}.jpg')
+    def cut(i):
+        path = folder/f'class_{i % 2}'/f'{i:03}.jpg'
+        path.write_bytes(path.read_bytes()[:400])
+    _, test = probe_split(open_images(folder), test_share=0.1)
+    tested = {Path(test.name(i)).name for i in range(len(test))}
+    trained = next(i for i in range(600) if f'{i:03}.jpg' not in tested)
+    cut(trained); cut(next(i for i in range(600) if f'{i:03}.jpg' in tested))
     status, out, err = run(MODULE + ['--data', folder, '--out', 'good'] + SMALL, tmp_path)
     assert status == 0, err
-    assert '007.jpg' in (tmp_path/'good'/'bad_files.txt').read_text() and 'bad_files.txt' in out
-    for i in (8, 9, 10): cut(i)
+    assert f'{trained:03}.jpg' in (tmp_path/'good'/'bad_files.txt').read_text()
+    assert 'bad_files.txt' in out and '20-NN accuracy  teacher' in out
+    for i in range(trained + 10, trained + 20): cut(i)
     status, out, err = run(MODULE + ['--data', folder, '--out', 'stopped'] + SMALL, tmp_path)
     assert status != 0 and 'Traceback' not in err
-    assert '1%' in err and '007.jpg' in err
+    assert '1%' in err and f'{trained:03}.jpg' in err
