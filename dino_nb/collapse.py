@@ -233,7 +233,7 @@ def check_config(config,        # settings: an object with the names of TrainCon
     return [*_target_warnings(config, n_images), *_teacher_warnings(config, n_images),
             *_rate_warnings(config)]
 
-# %% ../nbs/18_collapse.ipynb #dd18ddee
+# %% ../nbs/18_collapse.ipynb #48a677d4
 def _choices(n_images, batch_size, device_memory, epochs):
     "Yield name, value and reason of every setting that a recipe should choose."
     steps = n_images // batch_size  # per epoch
@@ -246,7 +246,8 @@ def _choices(n_images, batch_size, device_memory, epochs):
     large = n_images >= 1_000_000
     yield 'batch_size', batch_size, 'as given'
     yield 'epochs', epochs, f'{why}: {epochs * steps:.0f} steps'
-    yield 'out_dim', out_dim, 'about 20 images for each; at least 64 and at most 65536, never more than images'
+    yield ('out_dim', out_dim,
+           'about 20 images for each; from 64 to 65536, and never more than images')
     yield 'warmup_epochs', epochs / 10, f'a tenth of the run: {epochs * steps / 10:.0f} steps'
     yield 'freeze_last_layer', min(1, epochs / 10), 'the published epoch, or a tenth of a short run'
     yield ('teacher_momentum', round(0.5 ** (1 / keep), 5),
