@@ -108,7 +108,7 @@ def train_step(run: 'Learner',            # models, loss, optimizer and schedule
                             run.steps_per_epoch)
     return {name: sum(part[name] for part in measured) / len(parts) for name in measured[0]}
 
-# %% ../nbs/23_learner.ipynb #8a391445
+# %% ../nbs/23_learner.ipynb #56c4754a
 class Learner:
     "A run of DINO: models, loss, optimizer, schedules and the step it has reached."
     def __init__(self,
@@ -133,7 +133,8 @@ class Learner:
         self.sampler = StepSampler(len(source), config.batch_size, config.seed, world,
                                    epochs=config.epochs,
                                    order=partial(epoch_order, source, config.seed))
-        check_parts(config.batch_size // world.size, config.accumulate, config.target)
+        check_parts(config.batch_size // world.size, config.accumulate, config.target,
+                    config.use_bn)
         self.steps_per_epoch, self.n_steps = self.sampler.steps_per_epoch, self.sampler.n_steps
         self.schedules = run_schedules(config, self.steps_per_epoch)
         warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
@@ -185,19 +186,23 @@ class Learner:
         for index, reason in bad: self.bad_files.record(index, reason)
         return images, sizes
 
-# %% ../nbs/23_learner.ipynb #91abbcbf
+# %% ../nbs/23_learner.ipynb #14df4d76
 def check_parts(n_images: int,   # of a step, in one process
                 accumulate: int, # parts
-                target: str      # a name from centering.TARGETS
+                target: str,     # a name from centering.TARGETS
+                use_bn: bool = False # batch norm in the head
                ):
     "Raise a ValueError unless the images of a process can be cut into parts that can be used."
     if n_images % accumulate:
         fitting = max(n for n in range(1, accumulate) if n_images % n == 0)
         raise ValueError(f'accumulate is {accumulate}, but a process has {n_images} images of '
                          f'every step, which {accumulate} does not divide; make it {fitting}.')
-    if n_images // accumulate == 1 and target in ('sinkhorn', 'softmax_batch'):
+    if n_images // accumulate > 1: return
+    if target in ('sinkhorn', 'softmax_batch'):
         raise ValueError(f'target is {target}, which balances several images, but a process sees '
                          'one at a time; raise batch_size, lower accumulate, or use center.')
+    if use_bn: raise ValueError('use_bn compares several images, but a process sees one at a time; '
+                                'raise batch_size, lower accumulate, or turn use_bn off.')
 
 # %% ../nbs/23_learner.ipynb #0c00bb69
 @patch

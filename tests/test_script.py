@@ -322,6 +322,7 @@ BAD = [('--data nowhere', 'nowhere'), ('--data empty', 'empty'), ('--data page.p
        ('--epochs inf', 'finite'), ('--out-dim 1', 'out_dim'),
        ('--target sinkhron', 'did you mean sinkhorn'), ('--local-scale 0 0', 'local_scale'),
        ('--target sinkhorn --batch-size 1', 'one at a time'),
+       ('--use-bn --batch-size 1', 'one at a time'),
        ('--loss mse --target sinkhorn', 'which kind mse cannot compare')]
 
 
