@@ -272,11 +272,11 @@ def check_device(name: str): # auto, cpu, cuda or mps
         raise ValueError(f'device is {name}, but torch finds none on this machine; '
                          'auto takes the best there is.')
 
-# %% ../nbs/90_train.ipynb #33fe220a
+# %% ../nbs/90_train.ipynb #004c99c0
 def names_recipe(typed: dict # what the user typed
                 ) -> bool:   # False: settings are chosen for the user's images
     "True if a recipe is named, or meant because the images are the embedded ones."
-    return 'recipe' in typed or typed.get('data', TrainConfig().data) == TrainConfig().data
+    return 'recipe' in typed or typed.get('data', TrainConfig.data) == TrainConfig.data
 
 def choose_settings(typed: dict,   # what the user typed
                     n_images: int, # images to train on
