@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'rng_state', 'set_rng_state', 'save_checkpoint', 'CheckpointWriter', 'BadCheckpoint', 'load_checkpoint',
            'StopSignals', 'read_log', 'write_text', 'write_log', 'format_row', 'plot_curves']
 
-# %% ../nbs/22_checkpoint.ipynb #1cea9750
+# %% ../nbs/22_checkpoint.ipynb #4db5f426
 import copy
 import json
 import os
@@ -17,6 +17,7 @@ import time
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -122,18 +123,20 @@ def _read(path: Path, map_location, needs: tuple) -> dict:
     if missing: raise BadCheckpoint(f'{path} has no {", ".join(missing)}; it is not of such a run.')
     return state
 
-# %% ../nbs/22_checkpoint.ipynb #05f27524
+# %% ../nbs/22_checkpoint.ipynb #9231c199
 def load_checkpoint(path: str | Path,     # file written by save_checkpoint
                     map_location='cpu',   # device for the tensors
                     needs: tuple = ()     # keys the state must have
                    ) -> dict:             # the state as it was saved
-    "Return a saved state; if its file is broken, the one before it, with a warning."
+    "Return a saved state; if its file is broken, set it aside and take the one before it."
     path = Path(path)
     try: return _read(path, map_location, needs)
     except BadCheckpoint as error:
         if not _last_good(path).exists(): raise
         state = _read(_last_good(path), map_location, needs)
         warnings.warn(f'{error} Continuing from {_last_good(path).name}, the one before it.')
+        aside = path.with_name(f'{path.stem}_damaged{path.suffix}')
+        with suppress(OSError): os.replace(path, aside)
         return state
 
 # %% ../nbs/22_checkpoint.ipynb #a06d370d

@@ -233,8 +233,8 @@ def check_config(config,        # settings: an object with the names of TrainCon
     return [*_target_warnings(config, n_images), *_teacher_warnings(config, n_images),
             *_rate_warnings(config)]
 
-# %% ../nbs/18_collapse.ipynb #48a677d4
-def _choices(n_images, batch_size, device_memory, epochs):
+# %% ../nbs/18_collapse.ipynb #04f85f70
+def _choices(n_images, batch_size, device_memory, epochs, n_views):
     "Yield name, value and reason of every setting that a recipe should choose."
     steps = n_images // batch_size  # per epoch
     why = f'{epochs or 0:g} as given'
@@ -259,19 +259,20 @@ def _choices(n_images, batch_size, device_memory, epochs):
     warm = min(30, 0.3 * epochs) if large else 0
     yield ('warmup_teacher_temp_epochs', warm,
            f'{warm * steps:.0f} steps from 0.04 to 0.07' if large else 'it is constant')
-    matrix = 3 * 4 * 10 * batch_size * out_dim  # logits, their softmax, its gradient; ten crops
+    matrix = 3 * 4 * n_views * batch_size * out_dim  # logits, their softmax, its gradient
     chunks = 0 if device_memory is None else math.ceil(matrix / (0.1 * device_memory))
     if chunks > 1: yield ('loss_chunks', min(chunks, batch_size),
                           f'the loss alone would take {matrix / 2**30:.1f} GiB')
 
 def suggest_recipe(n_images: int,   # images to train on, at least 2
                    batch_size: int, # images per step, 2 to n_images
-                   device_memory: int | None = None, # bytes of the device; None: not looked at
-                   epochs: float | None = None # length of the run, above 0; None: chosen
+                   device_memory: int | None = None, # bytes of all devices; None: not looked at
+                   epochs: float | None = None, # length of the run, above 0; None: chosen
+                   n_views: int = 10 # crops of an image, global and local
                   ) -> tuple[dict, dict]: # setting -> value, setting -> reason
     "Return settings for a first run on new data, and why."
     check_range('n_images', n_images, 2)
     check_range('batch_size', batch_size, 2, n_images)
     if epochs is not None: check_range('epochs', epochs, 1e-9)
-    chosen = [*_choices(n_images, batch_size, device_memory, epochs)]
+    chosen = [*_choices(n_images, batch_size, device_memory, epochs, n_views)]
     return {n: value for n, value, _ in chosen}, {n: reason for n, _, reason in chosen}

@@ -4,17 +4,24 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'World', 'init_dist', 'close_dist', 'all_mean_later', 'all_mean', 'all_any', 'shard', 'gather_rows',
-           'gather_list', 'on_rank0', 'StepSampler']
+           'gather_list', 'on_rank0', 'split_weights', 'whole_weights', 'gather_state', 'split_like', 'StepSampler']
 
-# %% ../nbs/21_dist.ipynb #475facf1
+# %% ../nbs/21_dist.ipynb #402d46dc
+import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .core import check_range, default_device
 from .shards import random_order
@@ -145,6 +152,53 @@ def on_rank0(func: Callable, # called with args, in the main process only
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None: raise outcome[1]
     return outcome[0]
+
+# %% ../nbs/21_dist.ipynb #f0741d48
+def split_weights(network: nn.Module, # has backbone and head; changed in place
+                  world: World        # this process among all
+                 ):
+    "Leave to each process its share of all weights; a block is whole while it computes."
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    split = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
+    for block in getattr(network.backbone, 'blocks', ())[:-1]: split(block)
+    split(network.backbone)
+    split(network.head)
+    torch.set_autocast_cache_enabled(False)  # it would keep the weights of all blocks, cast
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module')  # features are a view of the tokens
+
+# %% ../nbs/21_dist.ipynb #72277b57
+@contextmanager
+def whole_weights(*networks: nn.Module): # split or not; all processes must come here
+    "Keep the weights of split networks whole in every process while the context is open."
+    units = [m for network in networks for m in network.modules() if isinstance(m, FSDPModule)]
+    for unit in units: unit.set_reshard_after_forward(False, recurse=False); unit.unshard()
+    try: yield
+    finally:
+        for unit in units: unit.set_reshard_after_forward(True, recurse=False); unit.reshard()
+
+# %% ../nbs/21_dist.ipynb #6ce5d015
+@torch.no_grad()
+def gather_state(state: object # tensors, and dicts, lists and tuples of them; split or not
+                ) -> object:   # a copy; split tensors whole on the CPU of rank 0, None elsewhere
+    "Return a state in which no tensor is split; all processes must call it."
+    if isinstance(state, DTensor):
+        whole = state.full_tensor()
+        return whole.cpu() if dist.get_rank() == 0 else None
+    if isinstance(state, (list, tuple)): return type(state)(map(gather_state, state))
+    if not isinstance(state, dict): return state
+    gathered = copy.copy(state)  # keeps what a state_dict notes about versions
+    gathered.update((key, gather_state(value)) for key, value in state.items())
+    return gathered
+
+def split_like(state: object, # whole tensors, or dicts or lists of them; the same in all processes
+               like: object   # tensors in the same places; split or not
+              ) -> object:    # split where like is
+    "Return a state with its tensors split as others are; all processes must call it."
+    if isinstance(like, DTensor) and like.shape == state.shape:
+        return distribute_tensor(state.to(like.device), like.device_mesh, like.placements)
+    if isinstance(state, dict): return {key: split_like(state[key], like[key]) for key in state}
+    if isinstance(state, list): return [split_like(*pair) for pair in zip(state, like)]
+    return state
 
 # %% ../nbs/21_dist.ipynb #12ee0b30
 def _check_batch(n_images, batch_size, n_processes):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_IN_A_ROW', 'build_student', 'run_schedules', 'forward_backward', 'train_step', 'Learner', 'check_parts']
 
-# %% ../nbs/23_learner.ipynb #d3a1e036
+# %% ../nbs/23_learner.ipynb #ea8138f7
 import inspect
 import json
 import time
@@ -25,7 +25,7 @@ from .collapse import CollapseDoctor, collapse_stats
 from .core import autocast, default_dtype, default_of, generator, set_seed
 from .data import BadFiles, ImageSource, TooManyBadFiles
 from .dist import (StepSampler, World, all_any, all_mean, all_mean_later, gather_list,
-                          on_rank0)
+                          gather_state, on_rank0, split_like, split_weights)
 from .head import DINOHead, Predictor
 from .loss import DINOLoss
 from .multicrop import MultiCropWrapper, split_views
@@ -62,7 +62,7 @@ def run_schedules(config: TrainConfig, # settings of a run
     names = inspect.signature(make_schedules).parameters.keys() - {'steps_per_epoch'}
     return make_schedules(steps_per_epoch, **{name: getattr(config, name) for name in names})
 
-# %% ../nbs/23_learner.ipynb #0ce2e5a4
+# %% ../nbs/23_learner.ipynb #61815e47
 def forward_backward(run: 'Learner',            # models and loss
                      views: list[torch.Tensor], # of some images: (2b, 3, H, W), (L·b, 3, h, w)
                      teacher_temp: float,       # of this step
@@ -71,7 +71,8 @@ def forward_backward(run: 'Learner',            # models and loss
                     ) -> tuple:          # function that returns the mean of the teacher's logits
                                          # over all processes (1, K); measured numbers
     "Add the gradients of some images' loss to the student's."
-    with nullcontext() if last or run.world.size == 1 else run.model.no_sync():
+    wait = not last and isinstance(run.model, DistributedDataParallel)
+    with run.model.no_sync() if wait else nullcontext():
         with autocast(run.device, run.dtype):
             with torch.no_grad():
                 features = run.teacher.backbone(views[0])
@@ -108,7 +109,7 @@ def train_step(run: 'Learner',            # models, loss, optimizer and schedule
                             run.steps_per_epoch)
     return {name: sum(part[name] for part in measured) / len(parts) for name in measured[0]}
 
-# %% ../nbs/23_learner.ipynb #56c4754a
+# %% ../nbs/23_learner.ipynb #9048f8b8
 class Learner:
     "A run of DINO: models, loss, optimizer, schedules and the step it has reached."
     def __init__(self,
@@ -126,7 +127,7 @@ class Learner:
         self.model = self._distribute()
         self.loss_fn = self._placed(DINOLoss(
             config.out_dim, config.student_temp, config.center_momentum, config.target,
-            config.loss, config.loss_chunks))
+            config.loss, config.loss_chunks)).to(self.device)
         self.teacher_rule = TeacherRule(config.teacher_rule)
         self.optimizer = make_optimizer(config.optimizer, param_groups(self.student))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -146,16 +147,25 @@ class Learner:
         "Put a module where the run computes; in double precision only if that was asked for."
         if self.world.size > 1 and self.device.type == 'cuda':
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        return module.to(self.device, torch.float64 if self.dtype == torch.float64 else None)
+        if self.dtype == torch.float64: module = module.double()
+        return module if self.is_split else module.to(self.device)  # in parts, when it is split
 
     def _distribute(self) -> nn.Module:
         "Return the student as it is trained: with fast kernels, gradients averaged over processes."
+        compiles = self.config.compile
+        if compiles is None: compiles = self.device.type == 'cuda' and not self.is_split
         for network in (self.student, self.teacher):
             set_fused_attention(network, self.device.type != 'cpu')
-            if self.config.compile and self.device.type == 'cuda': network.backbone.compile()
+            if compiles: network.backbone.compile()
+            if self.is_split: split_weights(network, self.world)
         if self.config.recompute: self.student.backbone.set_grad_checkpointing()
-        if self.world.size == 1: return self.student
+        if self.world.size == 1 or self.is_split: return self.student
         return DistributedDataParallel(self.student)
+
+    @property
+    def is_split(self) -> bool: # False where there is one process
+        "Return whether each process holds a share of the weights only."
+        return self.config.fsdp and self.world.size > 1
 
     @property
     def epoch(self) -> float: # epochs done
@@ -204,16 +214,17 @@ def check_parts(n_images: int,   # of a step, in one process
     if use_bn: raise ValueError('use_bn compares several images, but a process sees one at a time; '
                                 'raise batch_size, lower accumulate, or turn use_bn off.')
 
-# %% ../nbs/23_learner.ipynb #0c00bb69
+# %% ../nbs/23_learner.ipynb #79970b99
 @patch
 def state(self: Learner) -> dict: # tensors, dicts and plain numbers
-    "Return all that is needed to go on."
-    return dict(student=self.student.state_dict(), teacher=self.teacher.state_dict(),
-                optimizer=self.optimizer.state_dict(), dino_loss=self.loss_fn.state_dict(),
-                teacher_rule=self.teacher_rule.previous, scaler=self.scaler.state_dict(),
-                step=self.step, seconds=self.seconds, skipped=self.skipped,
-                in_a_row=self.in_a_row, config=config_record(self.config),
-                images=self.source.fingerprint, bad_files=self.bad_files.state_dict())
+    "Return all that is needed to go on; split weights are whole, in the main process."
+    return gather_state(dict(
+        student=self.student.state_dict(), teacher=self.teacher.state_dict(),
+        optimizer=self.optimizer.state_dict(), dino_loss=self.loss_fn.state_dict(),
+        teacher_rule=self.teacher_rule.previous, scaler=self.scaler.state_dict(),
+        step=self.step, seconds=self.seconds, skipped=self.skipped, in_a_row=self.in_a_row,
+        config=config_record(self.config), images=self.source.fingerprint,
+        bad_files=self.bad_files.state_dict()))
 
 @patch
 def load_state(self: Learner, state: dict): # as `state` returns it
@@ -221,11 +232,14 @@ def load_state(self: Learner, state: dict): # as `state` returns it
     if state['images'] != self.source.fingerprint:
         raise ValueError(f'The images changed since the checkpoint was written: '
                          f'{state["images"]} then, {self.source.fingerprint} now.')
-    self.student.load_state_dict(state['student'])
-    self.teacher.load_state_dict(state['teacher'])
-    self.optimizer.load_state_dict(state['optimizer'])
+    for network, name in ((self.student, 'student'), (self.teacher, 'teacher')):
+        network.load_state_dict(split_like(state[name], network.state_dict()))
+    params = [param for group in self.optimizer.param_groups for param in group['params']]
+    moments = {i: split_like(values, dict.fromkeys(values, params[i]))
+               for i, values in state['optimizer']['state'].items()}
+    self.optimizer.load_state_dict(state['optimizer'] | dict(state=moments))
     self.loss_fn.load_state_dict(state['dino_loss'])
-    self.teacher_rule.previous = state['teacher_rule']
+    self.teacher_rule.previous = split_like(state['teacher_rule'], [*self.teacher.parameters()])
     self.scaler.load_state_dict(state['scaler'])
     self.bad_files.load_state_dict(state['bad_files'])
     for name in ('step', 'seconds', 'skipped', 'in_a_row'): setattr(self, name, state[name])
@@ -315,7 +329,7 @@ def _open_log(self: Learner, folder: Path | None) -> list[dict]:
     if folder and self.world.is_main: write_log(folder/'log.jsonl', rows)
     return rows
 
-# %% ../nbs/23_learner.ipynb #beb0b7e6
+# %% ../nbs/23_learner.ipynb #b0639ae7
 @patch
 def fit(self: Learner,
         folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
@@ -341,7 +355,7 @@ def fit(self: Learner,
                     if look and evaluate: rows[-1] |= evaluate(self)
                     self._tell(rows, report, folder)
                 if measure: clock.lap()
-                if writer: self._save(writer, save or stop or self.step == self.n_steps, report)
+                self._save(writer, save or stop or self.step == self.n_steps, report)
             else: self.seconds += clock.tick()
             if stop: break
     if writer: _written(writer, report)
@@ -351,7 +365,7 @@ def fit(self: Learner,
         report(f'{why}: stopped after step {self.step} of {self.n_steps}; {how} goes on from here')
     return rows
 
-# %% ../nbs/23_learner.ipynb #c980a5a6
+# %% ../nbs/23_learner.ipynb #5ef37101
 @patch
 def given_up(self: Learner) -> bool: # the same in all processes, as the verdict is
     "True if the doctor found a collapse and the settings say to stop then."
@@ -367,7 +381,8 @@ def _settle(self: Learner, unread: list, folder: Path | None, writer: Checkpoint
         return self._count_skipped(folder)
     except (FloatingPointError, TooManyBadFiles):
         self.in_a_row, self.flags = 0, []  # when it goes on, it is given another chance
-        if writer: self._save(writer, True, report); _written(writer, report)
+        self._save(writer, True, report)
+        if writer: _written(writer, report)
         raise
 
 @patch
@@ -382,12 +397,14 @@ def _tell(self: Learner, rows: list[dict], report, folder: Path | None):
     except OSError as error: report(f'note: log.jsonl could not be written ({error})')
 
 @patch
-def _save(self: Learner, writer: CheckpointWriter, now: bool, report):
+def _save(self: Learner, writer: CheckpointWriter | None, now: bool, report):
     "Write a checkpoint, if now or after enough minutes; a full disk does not stop the run."
-    minutes = (time.time() - writer.saved_at) / 60
-    if not now and minutes < self.config.checkpoint_minutes: return
+    overdue = writer and time.time() - writer.saved_at > 60 * self.config.checkpoint_minutes
+    if not now and not all_any(bool(overdue)): return
+    state = self.state()  # all processes have a share in it, the main one writes
+    if not writer: return
     _written(writer, report)
-    writer.save(self.state())
+    writer.save(state)
 
 def _written(writer: CheckpointWriter, report):
     "Wait for the last checkpoint; say so if it could not be written."

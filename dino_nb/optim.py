@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['param_groups', 'clip_gradients', 'freeze_last_layer', 'make_optimizer', 'apply_schedule', 'step_if_finite']
 
-# %% ../nbs/20_optim.ipynb #e82e37db
+# %% ../nbs/20_optim.ipynb #5af7a36a
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .core import check_choice, check_range
 
@@ -24,7 +25,7 @@ def param_groups(model: nn.Module # the student
         (kept if param.ndim < 2 or is_bias else decayed).append(param)
     return [dict(params=decayed), dict(params=kept, weight_decay=0.)]
 
-# %% ../nbs/20_optim.ipynb #9f61ade5
+# %% ../nbs/20_optim.ipynb #cbf10ac6
 def clip_gradients(parameters: Iterable[nn.Parameter], # those without a gradient are skipped
                    max_norm: float = 3.                # largest L2 norm; 0: no clipping
                   ) -> torch.Tensor:                   # norms before clipping, one per gradient
@@ -34,7 +35,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], # those without a gradien
     if not grads: return torch.zeros(0)
     norms = torch.stack(torch._foreach_norm(grads))
     if max_norm: torch._foreach_mul_(grads, (max_norm / (norms + 1e-6)).clamp(max=1.).unbind())
-    return norms
+    return norms.full_tensor() if isinstance(norms, DTensor) else norms
 
 # %% ../nbs/20_optim.ipynb #166514c3
 def freeze_last_layer(student: nn.Module # has parameters named with last_layer

@@ -91,7 +91,7 @@ class OptimSettings:
     clip_grad: float = 3.0         # largest gradient norm of each parameter; 0: no clipping
     freeze_last_layer: float = 1.  # epochs in which the last layer stays as it is
 
-# %% ../nbs/19_settings.ipynb #06957880
+# %% ../nbs/19_settings.ipynb #70cd0a1a
 @dataclass(kw_only=True)
 class RunSettings:
     "Folder, rhythm and hardware of the run."
@@ -102,7 +102,8 @@ class RunSettings:
     accumulate: int = 1      # parts that a process cuts its images of a step into, to save memory
     loss_chunks: int = 1     # parts that the loss is computed in, to save memory
     recompute: bool = False  # forget activations and compute them again, to save memory
-    compile: bool = True     # torch.compile the backbone, on CUDA only
+    fsdp: bool = False       # split weights over the processes (FSDP2), to save memory
+    compile: bool | None = None  # torch.compile the backbone; None: on CUDA, if it is not split
     log_every: int = 50      # steps between two lines of the log
     knn_every: float = 10.   # epochs between two k-NN evaluations; 0: only at the end
     eval_crop: float = 0.875 # share of the resized image kept for evaluation; 1: all of it
@@ -184,11 +185,11 @@ def setting_docs() -> dict[str, dict[str, str]]: # topic -> setting -> explanati
         groups[group.__doc__] = {name: ' '.join((docs[name] or '').split()) for name in names}
     return groups
 
-# %% ../nbs/19_settings.ipynb #9d4a863f
+# %% ../nbs/19_settings.ipynb #1080c62d
 def _flag_type(annotation) -> dict:
     "How argparse reads a field of this type."
     kinds = typing.get_args(annotation) or (annotation,)
-    if annotation is bool: return dict(action=argparse.BooleanOptionalAction)
+    if bool in kinds: return dict(action=argparse.BooleanOptionalAction)
     if typing.get_origin(annotation) is tuple: return dict(type=kinds[0], nargs='+')
     if any(typing.get_origin(kind) is tuple for kind in kinds): return dict(type=int, nargs='+')
     return dict(type=next(kind for kind in kinds if kind is not types.NoneType))
@@ -227,7 +228,7 @@ def typed_settings(argv: list[str] | None = None # words of the command line; No
                 raise ValueError(f'{name} is {x}; it must be a finite number.')
     return {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in vars(typed).items()}
 
-# %% ../nbs/19_settings.ipynb #729d9db0
+# %% ../nbs/19_settings.ipynb #01943fef
 def config_record(config: TrainConfig # settings of a run
                  ) -> dict:           # plain values, as JSON holds them
     "Return all settings as plain values that survive a round trip through JSON."
@@ -235,7 +236,7 @@ def config_record(config: TrainConfig # settings of a run
 
 FREE = ('out', 'overwrite', 'device', 'workers', 'log_every', 'checkpoint_minutes',
         'checkpoint_steps', 'on_collapse', 'accumulate', 'loss_chunks', 'recompute',
-        'compile')
+        'fsdp', 'compile')
 
 def config_changes(old: dict, # record of the run that the folder holds
                    new: dict  # record of the run that was asked for

@@ -15,7 +15,7 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
 
-# %% ../nbs/90_train.ipynb #9faef05a
+# %% ../nbs/90_train.ipynb #bf644536
 import json
 import os
 import platform
@@ -38,7 +38,8 @@ from .checkpoint import load_checkpoint, plot_curves, write_text
 from .collapse import check_config, suggest_recipe
 from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
                           probe_split)
-from .dist import World, close_dist, gather_list, init_dist, on_rank0
+from .dist import (World, close_dist, gather_list, init_dist, on_rank0,
+                          whole_weights)
 from .features import eval_views
 from .knn import evaluate_knn, pixel_knn
 from .learner import Learner, build_student
@@ -76,9 +77,10 @@ def _open(folder):
     train, test = splits
     return train, test if test is not None and test.labels is not None else None
 
-# %% ../nbs/90_train.ipynb #07cbdfd6
+# %% ../nbs/90_train.ipynb #4b13fc25
 FILES = ('config.json', 'log.jsonl', 'summary.json', 'checkpoint.pt', 'checkpoint_last_good.pt',
-         'bad_files.txt', 'bad_steps.json', 'views.png', 'curves.png', 'attention.png')
+         'checkpoint_damaged.pt', 'bad_files.txt', 'bad_steps.json', 'views.png', 'curves.png',
+         'attention.png')
 
 def run_folder(config: TrainConfig # settings of a run
               ) -> Path:           # its folder
@@ -86,9 +88,10 @@ def run_folder(config: TrainConfig # settings of a run
     data = Path(config.data).parent if is_shards(config.data) else Path(config.data)
     return Path(config.out or f'runs/{data.resolve().name}_{config.recipe}')
 
-# %% ../nbs/90_train.ipynb #2bf5de3b
-def check_folder(config: TrainConfig # settings of a run
-                ) -> Path:           # its folder, which may not exist yet
+# %% ../nbs/90_train.ipynb #996ac587
+def check_folder(config: TrainConfig, # settings of a run
+                 chosen: tuple = ()   # those chosen for the number of images
+                ) -> Path:            # its folder, which may not exist yet
     "Return the run's folder if it is free or holds the same run, else raise a ValueError."
     folder = run_folder(config)
     if folder.is_file(): raise ValueError(f'out is {folder}, which is a file.')
@@ -97,9 +100,11 @@ def check_folder(config: TrainConfig # settings of a run
         raise ValueError(f'out is {folder}, which holds files that are not a run of dino_nb; '
                          'choose another folder with --out.')
     if config.overwrite: return folder
-    if changes := config_changes(_read_json(folder/'config.json'), config_record(config)):
-        raise ValueError(f'{folder} already holds another run: {"; ".join(changes)}. '
-                         'Choose another folder with --out, or give --overwrite.')
+    changes = config_changes(_read_json(folder/'config.json'), config_record(config))
+    why = 'another run'
+    if all(change.split()[0] in chosen for change in changes): why = 'a run on other images'
+    if changes: raise ValueError(f'{folder} already holds {why}: {"; ".join(changes)}. Choose '
+                                 'another folder with --out, or give --overwrite.')
     return folder
 
 def _read_json(path):
@@ -238,7 +243,7 @@ def result_lines(summary: dict # as `summarize` returns it
         lines.append(f'{n} files could not be read and were left out; see bad_files.txt')
     return '\n'.join(lines)
 
-# %% ../nbs/90_train.ipynb #81dd0bcc
+# %% ../nbs/90_train.ipynb #b80ab798
 @contextmanager
 def sentences(status: int, # exit status
               *errors):    # kinds of errors that are the user's to mend
@@ -247,7 +252,11 @@ def sentences(status: int, # exit status
     except errors as error:
         rank = int(os.environ.get('RANK', 0))
         if rank: time.sleep(5)  # if rank 0 fails too, it speaks, and torchrun ends all the others
-        print(f'dino_train: {str(error) or "interrupted"}', file=sys.stderr, flush=True)
+        words = str(error) or 'interrupted'
+        if isinstance(error, torch.OutOfMemoryError):
+            words = (f'{words.splitlines()[0]} To need less, give --accumulate 2 or more, '
+                     '--recompute, or a smaller --batch-size.')
+        print(f'dino_train: {words}', file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
 # %% ../nbs/90_train.ipynb #9128242c
@@ -272,7 +281,7 @@ def check_device(name: str): # auto, cpu, cuda or mps
         raise ValueError(f'device is {name}, but torch finds none on this machine; '
                          'auto takes the best there is.')
 
-# %% ../nbs/90_train.ipynb #004c99c0
+# %% ../nbs/90_train.ipynb #10ae3592
 def names_recipe(typed: dict # what the user typed
                 ) -> bool:   # False: settings are chosen for the user's images
     "True if a recipe is named, or meant because the images are the embedded ones."
@@ -280,20 +289,23 @@ def names_recipe(typed: dict # what the user typed
 
 def choose_settings(typed: dict,   # what the user typed
                     n_images: int, # images to train on
-                    device: torch.device # where the run computes
+                    world: World = World() # this process among all
                    ) -> tuple[TrainConfig, dict]: # settings; setting -> reason if it was chosen
     "Return the settings of a run; without a recipe, those that fit the user's images."
     if names_recipe(typed): return make_config(**typed), {}
+    if n_images < 2: raise ValueError(f'{typed["data"]} holds {n_images} image; DINO learns what '
+                                      'images have in common, and needs many of them.')
     batch_size = typed.get('batch_size', min(RECIPES['tiny']['batch_size'], n_images))
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == 'cuda' else None
-    chosen, reasons = suggest_recipe(n_images, batch_size, memory, typed.get('epochs'))
+    memory, n_local = None, typed.get('n_local', RECIPES['tiny']['n_local'])
+    if world.device.type == 'cuda': memory = world.size * torch.cuda.mem_get_info(world.device)[1]
+    chosen, reasons = suggest_recipe(n_images, batch_size, memory, typed.get('epochs'), 2 + n_local)
     chosen['hue'], reasons['hue'] = ViewSettings.hue, 'the published one, for photographs'
     if (lr := 0.005 * 256 / batch_size) < RECIPES['tiny']['lr']:
         chosen['lr'], reasons['lr'] = lr, f'per 256 images: 0.005 with batches of {batch_size}'
     told = {n: why for n, why in reasons.items() if n not in typed and n != 'batch_size'}
     return make_config(**chosen | typed), told
 
-# %% ../nbs/90_train.ipynb #8822c9b5
+# %% ../nbs/90_train.ipynb #84beb6d3
 RESTARTS = 'TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'  # above 0 in later attempts
 
 def prepare(argv: list[str] | None # words of the command line; None: sys.argv
@@ -307,8 +319,8 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     check_device(first.device)
     world = init_dist(None if first.device == 'auto' else first.device)
     train, bank, test = open_data(first)
-    config, reasons = choose_settings(typed, len(train), world.device)
-    folder = check_folder(config)
+    config, reasons = choose_settings(typed, len(train), world)
+    folder = check_folder(config, (*reasons,))
     if config.cache == 'device' and train.images is None: check_cache(train, world.device)
     return Learner(config, train, world), bank, test, folder, reasons
 
@@ -331,7 +343,7 @@ def resume(run: Learner, # a new run
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder/'config.json', json.dumps(config_record(run.config), indent=1))
 
-# %% ../nbs/90_train.ipynb #f07fc7e4
+# %% ../nbs/90_train.ipynb #d7fdce8e
 def train(run: Learner,             # a new run
           bank: ImageSource | None, # labelled images; None: no k-NN
           test: ImageSource | None, # labelled images to classify
@@ -346,13 +358,15 @@ def train(run: Learner,             # a new run
 
     def evaluate(run):
         if not levels: return {}
-        found = knn_top1(run.teacher.backbone, bank, test, config, run.world)
+        with whole_weights(run.teacher):
+            found = knn_top1(run.teacher.backbone, bank, test, config, run.world)
         return dict(knn_teacher=found[20])
 
     rows = run.fit(folder, evaluate, report=tell)
     if run.step < run.n_steps: return {}
-    summary = summarize(run, bank, test, levels)
-    if run.world.is_main: publish(run, rows, summary, folder)
+    with whole_weights(run.teacher, run.student):
+        summary = summarize(run, bank, test, levels)
+        if run.world.is_main: publish(run, rows, summary, folder)
     return summary
 
 def publish(run: Learner,     # a finished run
@@ -383,7 +397,7 @@ def announce(run: Learner, folder: Path, reasons: dict):
         tell(f'note: {run.n_steps} steps are few; DINO needs thousands to learn anything. '
              f'With these images, --epochs {wanted} or more.')
 
-# %% ../nbs/90_train.ipynb #262b9db5
+# %% ../nbs/90_train.ipynb #e7f24332
 def main(argv: list[str] | None = None): # words of the command line; None: sys.argv
     "Train DINO on a folder of images, or on the embedded dataset (`dino_train --help`)."
     with sentences(2, ValueError, OSError), sentences(130, KeyboardInterrupt):
@@ -394,7 +408,7 @@ def main(argv: list[str] | None = None): # words of the command line; None: sys.
         with sentences(2, ValueError): tell(result_lines(_read_json(results)))
     else:
         announce(run, folder, reasons)
-        errors = TooManyBadFiles, FloatingPointError, OSError
+        errors = TooManyBadFiles, FloatingPointError, OSError, torch.OutOfMemoryError
         with (quiet_if_others_die(run.world), sentences(1, *errors),
               sentences(130, KeyboardInterrupt)):
             if train(run, bank, test, folder): tell(f'figures, log and weights are in {folder}')

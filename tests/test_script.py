@@ -173,6 +173,7 @@ def test_a_broken_checkpoint_is_replaced_by_the_one_before(images, whole, tmp_pa
     (folder/'checkpoint.pt').write_bytes(data[:len(data) // 2])
     status, out, err = run(command, tmp_path)
     assert status == 0 and 'cut short' in out and 'the one before it' in out and not err, err
+    assert (folder/'checkpoint_damaged.pt').exists()
     same_run(whole, folder)
     for name in ('checkpoint.pt', 'checkpoint_last_good.pt'): (folder/name).write_text('foreign')
     (folder/'summary.json').unlink()
@@ -234,16 +235,19 @@ EXACT = ['--precision', 'float64', '--epochs', '2', '--knn-every', '0', '--check
 
 
 def test_the_number_of_processes_changes_nothing(images, tmp_path):
-    "One process, two, and two that cut their images in two parts: the same to 1e-10"
-    one, two = (start + ['--data', images] + SMALL + EXACT for start in
+    "One process, two, two that cut their images in parts, and two that split the weights too"
+    one, two = (start + ['--data', images, '--depth', '2'] + SMALL[2:] + EXACT for start in
                 (MODULE, TORCHRUN + ['-m', 'dino_nb.train']))
-    commands = dict(one=one, two=two, parts=two + ['--accumulate', 2])
+    commands = dict(one=one, two=two, parts=two + ['--accumulate', 2],
+                    split=two + ['--accumulate', 2, '--fsdp', '--recompute'])
     for name, command in commands.items():
         status, _, err = run(command + ['--out', name], tmp_path)
         assert status == 0, err
-    for name in ('two', 'parts'):
         for part in ('student', 'teacher', 'dino_loss'):
             same_weights(tmp_path/'one', tmp_path/name, part, atol=1e-10)
+    found = [json.loads((tmp_path/name/'summary.json').read_text())['knn_teacher']['20']
+             for name in ('one', 'split')]
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 def workers_of(process):
@@ -257,6 +261,27 @@ def workers_of(process):
         rank = [int(word[5:]) for word in env if word.startswith(b'RANK=')]
         if parent == process.pid and rank: found[rank[0]] = int(folder.name)
     return found
+
+
+@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
+def test_split_weights_go_on_after_a_kill_in_any_number_of_processes(images, tmp_path):
+    words = ['-m', 'dino_nb.train', '--data', images, '--precision', 'float64'] + SMALL + LONG
+    words += ['--drop-path-rate', 0]
+    assert run([sys.executable] + words + ['--out', 'whole'], tmp_path)[0] == 0
+    words, folder = words + ['--out', 'run'], tmp_path/'run'
+    process = start(TORCHRUN + words + ['--fsdp'], tmp_path)
+    wait_for(folder/'checkpoint_last_good.pt', process)
+    for worker in workers_of(process).values(): os.kill(worker, signal.SIGKILL)
+    process.communicate(timeout=90)
+    process = start([sys.executable] + words, tmp_path)             # a split checkpoint, whole
+    wait_for(folder/'log.jsonl', process, '"step": 15')
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0 and 'going on at step' in out and 'stopped after' in out, err
+    status, out, err = run(TORCHRUN + words + ['--fsdp'], tmp_path)  # a whole checkpoint, split
+    assert status == 0 and 'going on at step' in out, err
+    for part in ('student', 'teacher', 'dino_loss'):
+        same_weights(tmp_path/'whole', folder, part, atol=1e-10)
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
