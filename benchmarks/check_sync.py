@@ -7,11 +7,10 @@ import sys
 
 import torch
 
-from dino_nb.augment import crop_views_batched, sample_views
 from dino_nb.core import default_dtype
 from dino_nb.data import ImageSource
+from dino_nb.dist import init_dist
 from dino_nb.learner import Learner, train_step
-from dino_nb.photometric import photometric_views
 from dino_nb.settings import make_config
 
 
@@ -19,15 +18,12 @@ def main():
     if not torch.cuda.is_available():
         sys.exit('There is no CUDA device here; this check needs one.')
     images = torch.randint(256, (256, 3, 48, 48), dtype=torch.uint8)
-    config = make_config('tiny', batch_size=32)
-    run = Learner(config, ImageSource(images, [str(i) for i in range(len(images))]))
-    images = images.to(run.device)
+    source = ImageSource(images, [str(i) for i in range(len(images))])
+    run = Learner(make_config('tiny'), source, init_dist('cuda'))
+    stream = run.views()  # made on the device, one batch ahead, in a stream of their own
 
     def step():
-        index = list(range(config.batch_size))
-        params = sample_views(config, config.seed, 0, index, [images.shape[-2:]] * len(index))
-        views = photometric_views(crop_views_batched(images[:len(index)], params, config), params)
-        train_step(run, views)
+        train_step(run, next(stream)[0])
         run.step += 1
 
     for _ in range(3): step()  # kernels are loaded and memory is taken before the check

@@ -14,6 +14,7 @@ from published import Head, MultiCrop, PairLoss, ViT, clip_in_a_loop, ema_in_a_l
 
 from dino_nb.core import autocast, default_dtype
 from dino_nb.data import ImageSource
+from dino_nb.dist import World
 from dino_nb.learner import Learner, train_step
 from dino_nb.loss import DINOLoss
 from dino_nb.optim import clip_gradients, make_optimizer, param_groups
@@ -119,7 +120,8 @@ class Shipped:
         config = TrainConfig(batch_size=batch, drop_path_rate=0., freeze_last_layer=0, lr=0.01,
                              precision=str(dtype).split('.')[1], device=views[0].device.type)
         images = torch.zeros(4 * batch, 3, 8, 8, dtype=torch.uint8)
-        self.run = Learner(config, ImageSource(images, [str(i) for i in range(len(images))]))
+        source = ImageSource(images, [str(i) for i in range(len(images))])
+        self.run = Learner(config, source, World(device=views[0].device))
         self.run.step, self.student = 1, self.run.student  # the first step has learning rate 0
 
     def step(self, measure=False): return train_step(self.run, self.views, measure).get('loss')

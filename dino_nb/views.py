@@ -93,7 +93,7 @@ def file_views(source: Dataset,        # source[i] is a uint8 image (3, H, W), o
                         worker_init_fn=_let_main_decide, pin_memory=device.type == 'cuda')
     for batch in loader: yield to_views(batch, device), batch.bad
 
-# %% ../nbs/05_views.ipynb #dee48a7f
+# %% ../nbs/05_views.ipynb #b3c51152
 def memory_views(images: torch.Tensor,   # (N, 3, H, W) uint8, on the device that trains
                  sizes: torch.Tensor,    # (N, 2) height and width of each within H and W
                  sampler,                # yields a list of (epoch, index) per step
@@ -105,7 +105,8 @@ def memory_views(images: torch.Tensor,   # (N, 3, H, W) uint8, on the device tha
         epochs, indices = zip(*batch)
         rows = list(indices)
         params = sample_views(settings, seed, epochs, rows, sizes[rows])
-        crops = crop_views_batched(images[rows], params, settings)
+        picked = images[torch.tensor(rows).to(images.device, non_blocking=True)]
+        crops = crop_views_batched(picked, params, settings)
         yield photometric_views(crops, params), []
 
 # %% ../nbs/05_views.ipynb #c1ebbc64
