@@ -115,10 +115,11 @@ class Step:
 
 class Shipped:
     "dino_nb.train_step, with the defaults of ViT-S/16."
-    def __init__(self, views, dtype):
+    def __init__(self, views, dtype, compiled=None):
         self.views, batch = views, len(views[0]) // 2
         config = TrainConfig(batch_size=batch, drop_path_rate=0., freeze_last_layer=0, lr=0.01,
-                             precision=str(dtype).split('.')[1], device=views[0].device.type)
+                             precision=str(dtype).split('.')[1], device=views[0].device.type,
+                             compile=compiled)
         images = torch.zeros(4 * batch, 3, 8, 8, dtype=torch.uint8)
         source = ImageSource(images, [str(i) for i in range(len(images))])
         self.run = Learner(config, source, World(device=views[0].device))
@@ -157,7 +158,8 @@ def rungs(only, variants):
     for name in variants:
         base = [n for n in LADDER if not any(name in same and n in same for same in INSTEAD)]
         ladder.append((f'ladder + {name}', base + [name]))
-    yield from [(n, c) for n, c in ladder + [('shipped', None)] if only in n]
+    yield from [(n, c) for n, c in ladder + [('shipped', None), ('shipped, compiled', None)]
+                if only in n]
 
 
 def main():
@@ -195,7 +197,8 @@ def main():
         if args.write: common.write_rows('step', rows[-1:], common.machine(device))
 
     for name, names in rungs(args.only, () if args.ladder else VARIANTS):
-        step = shipped if names is None else Step(weights, views, dtype, names)
+        if names is not None: step = Step(weights, views, dtype, names)
+        else: step = Shipped(views, dtype, compiled=True) if 'compiled' in name else shipped
         if 'denormals' in name: torch.set_flush_denormal(True)
         measure(name, step, facts['precision'] + ' baseline', baseline, args.repeats)
         torch.set_flush_denormal(False)
@@ -203,7 +206,8 @@ def main():
         full = Step(weights, views, torch.float32)
         for name, step in (('baseline', Step(weights, views, dtype)),
                            ('whole ladder', Step(weights, views, dtype, LADDER)),
-                           ('shipped', Shipped(views, dtype))):
+                           ('shipped', Shipped(views, dtype)),
+                           ('shipped, compiled', Shipped(views, dtype, compiled=True))):
             measure(name, step, 'float32 baseline', full, args.fp32)
     print(f'\nB = {batch}, {facts["precision"]} on {device.type}, {args.threads} threads')
     common.print_table(rows, ['rung', 'against', 'seconds', 'best', 'ratio', 'best_ratio',

@@ -109,7 +109,7 @@ def train_step(run: 'Learner',            # models, loss, optimizer and schedule
                             run.steps_per_epoch)
     return {name: sum(part[name] for part in measured) / len(parts) for name in measured[0]}
 
-# %% ../nbs/23_learner.ipynb #9048f8b8
+# %% ../nbs/23_learner.ipynb #8526fa2a
 class Learner:
     "A run of DINO: models, loss, optimizer, schedules and the step it has reached."
     def __init__(self,
@@ -156,7 +156,7 @@ class Learner:
         if compiles is None: compiles = self.device.type == 'cuda' and not self.is_split
         for network in (self.student, self.teacher):
             set_fused_attention(network, self.device.type != 'cpu')
-            if compiles: network.backbone.compile()
+            if compiles: network.backbone.compile(); network.head.compile()
             if self.is_split: split_weights(network, self.world)
         if self.config.recompute: self.student.backbone.set_grad_checkpointing()
         if self.world.size == 1 or self.is_split: return self.student

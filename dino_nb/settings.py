@@ -91,7 +91,7 @@ class OptimSettings:
     clip_grad: float = 3.0         # largest gradient norm of each parameter; 0: no clipping
     freeze_last_layer: float = 1.  # epochs in which the last layer stays as it is
 
-# %% ../nbs/19_settings.ipynb #70cd0a1a
+# %% ../nbs/19_settings.ipynb #d620be90
 @dataclass(kw_only=True)
 class RunSettings:
     "Folder, rhythm and hardware of the run."
@@ -103,7 +103,7 @@ class RunSettings:
     loss_chunks: int = 1     # parts that the loss is computed in, to save memory
     recompute: bool = False  # forget activations and compute them again, to save memory
     fsdp: bool = False       # split weights over the processes (FSDP2), to save memory
-    compile: bool | None = None  # torch.compile the backbone; None: on CUDA, if it is not split
+    compile: bool | None = None  # torch.compile the networks; None: on CUDA, if they are not split
     log_every: int = 50      # steps between two lines of the log
     knn_every: float = 10.   # epochs between two k-NN evaluations; 0: only at the end
     eval_crop: float = 0.875 # share of the resized image kept for evaluation; 1: all of it
