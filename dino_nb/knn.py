@@ -121,7 +121,7 @@ def knn_accuracy(train_features: torch.Tensor, # (N, D), any length per row
     return {k: _vote(similarities[:, :k], votes[:, :k], right, len(classes), temperature)
             for k in ks}
 
-# %% ../nbs/31_knn.ipynb #8a4f5c44
+# %% ../nbs/31_knn.ipynb #63d2a682
 def _share(extract, source, world, name):
     "Return features and labels of the readable images among this process's share."
     if source.labels is None: raise ValueError(f'{name} has no labels; k-NN needs them.')
@@ -138,7 +138,7 @@ def _evaluate(extract, bank, test, ks, temperature, world):
     mine = _share(extract, test, world, 'test')
     found = knn_accuracy(*known, *mine, ks, temperature)
     if world.size == 1: return found
-    counts = {k: all_mean(torch.tensor([*accuracy, 1.]) * len(mine[0]))
+    counts = {k: all_mean(torch.tensor([*accuracy, 1.], dtype=torch.float64) * len(mine[0]))
               for k, accuracy in found.items()}
     return {k: Accuracy(*(count[:2] / count[2]).tolist()) for k, count in counts.items()}
 
