@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROW', 'LARGEST_RATIO', 'ViewSettings', 'ViewParams', 'sample_views', 'crop_views', 'crop_views_batched']
 
-# %% ../nbs/03_augment.ipynb #41a101b8
+# %% ../nbs/03_augment.ipynb #37be49ba
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from .core import check_range, generator
+from .core import check_range, generator, to_device
 
 # %% ../nbs/03_augment.ipynb #13f43364
 def _pair(size: int | tuple) -> tuple:
@@ -191,7 +191,7 @@ def _resample_matrix(start, length, flip, n_in, n_out):
     weights = _cubic(((pixel - center) / stretch).abs()) * inside
     return weights / weights.sum(-1, keepdim=True)
 
-# %% ../nbs/03_augment.ipynb #b0f88f9b
+# %% ../nbs/03_augment.ipynb #afede4ad
 def crop_views_batched(images: torch.Tensor,   # (B, 3, H, W) uint8, on any device
                        params: ViewParams,     # the choices of these images, fields (B, V, ...)
                        settings: ViewSettings  # sizes of the views
@@ -199,7 +199,7 @@ def crop_views_batched(images: torch.Tensor,   # (B, 3, H, W) uint8, on any devi
     "Crop, resize and mirror the views of a batch of images; crop-major."
     _check_uint8(images)
     x, (H, W) = images.float(), images.shape[-2:]
-    box, flip = (x.to(images.device, non_blocking=True).transpose(0, 1) for x in params[:2])
+    box, flip = (to_device(x, images.device).transpose(0, 1) for x in params[:2])
     crops = []
     with torch.autocast(images.device.type, enabled=False):
         for views, (h, w) in settings.resolutions():

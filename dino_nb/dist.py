@@ -153,16 +153,21 @@ def on_rank0(func: Callable, # called with args, in the main process only
     if outcome[1] is not None: raise outcome[1]
     return outcome[0]
 
-# %% ../nbs/21_dist.ipynb #f0741d48
+# %% ../nbs/21_dist.ipynb #445f2021
 def split_weights(network: nn.Module, # has backbone and head; changed in place
                   world: World        # this process among all
                  ):
-    "Leave to each process its share of all weights; a block is whole while it computes."
+    "Leave to each process its share of all weights; a ViT's block is whole while it computes."
+    if not hasattr(FSDPModule, 'set_force_sum_reduction_for_comms'):
+        raise ValueError(f'fsdp needs a newer torch than {torch.__version__}; update it, or leave '
+                         'fsdp out.')
     mesh = init_device_mesh(world.device.type, (world.size,))
     split = partial(fully_shard, mesh=mesh, reshard_after_forward=True)
-    for block in getattr(network.backbone, 'blocks', ())[:-1]: split(block)
-    split(network.backbone)
-    split(network.head)
+    for block in getattr(network.backbone, 'blocks', ())[:-1]:
+        if not isinstance(block, nn.Sequential): split(block)
+    for part in split(network.backbone), split(network.head):
+        for unit in part.modules():  # CPUs add gradients up where they are asked for the mean
+            if isinstance(unit, FSDPModule): unit.set_force_sum_reduction_for_comms(True)
     torch.set_autocast_cache_enabled(False)  # it would keep the weights of all blocks, cast
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module')  # features are a view of the tokens
 
@@ -176,10 +181,10 @@ def whole_weights(*networks: nn.Module): # split or not; all processes must come
     finally:
         for unit in units: unit.set_reshard_after_forward(True, recurse=False); unit.reshard()
 
-# %% ../nbs/21_dist.ipynb #6ce5d015
+# %% ../nbs/21_dist.ipynb #fd273e0e
 @torch.no_grad()
 def gather_state(state: object # tensors, and dicts, lists and tuples of them; split or not
-                ) -> object:   # a copy; split tensors whole on the CPU of rank 0, None elsewhere
+                ) -> object:   # the same; split tensors whole on the CPU of rank 0, None elsewhere
     "Return a state in which no tensor is split; all processes must call it."
     if isinstance(state, DTensor):
         whole = state.full_tensor()

@@ -6,11 +6,12 @@
 __all__ = ['BRIGHTNESS', 'CONTRAST', 'SATURATION', 'HUE', 'LUMA', 'OPPOSITE', 'IMAGENET_MEAN', 'IMAGENET_STD', 'normalize',
            'denormalize', 'photometric', 'photometric_views']
 
-# %% ../nbs/04_photometric.ipynb #8ece9aeb
+# %% ../nbs/04_photometric.ipynb #a41daff4
 import torch
 import torch.nn.functional as F
 
 from .augment import ViewParams
+from .core import to_device
 
 # %% ../nbs/04_photometric.ipynb #a103a9ce
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of the factors, as in torchvision
@@ -24,7 +25,7 @@ def _color_maps(params):
     matrices = factor[..., None, None] * torch.eye(3) + to_gray[..., None, None] * LUMA
     return matrices, (1 - factor) * (kind == CONTRAST)
 
-# %% ../nbs/04_photometric.ipynb #968107ad
+# %% ../nbs/04_photometric.ipynb #f7fbbdcc
 OPPOSITE = torch.tensor([3., 5., 1.]).view(3, 1, 1) / 6  # cyan, magenta, yellow, in turns
 
 def _turn_hue(x, turns):
@@ -35,16 +36,16 @@ def _turn_hue(x, turns):
     sixths = torch.where(high == red, green - blue, torch.where(
         high == green, blue - red + 2 * chroma, red - green + 4 * chroma))
     hue = sixths / (6 * chroma).clamp_(min=1e-12) + turns[:, None, None]
-    away = hue[:, None] - OPPOSITE.to(x.device, non_blocking=True)
+    away = hue[:, None] - to_device(OPPOSITE, x.device)
     distance = away.sub_(away.round()).abs_()
     return high[:, None] - distance.mul_(-6).add_(2).clamp_(0, 1).mul_(chroma[:, None])
 
-# %% ../nbs/04_photometric.ipynb #dedb73cb
-def _rows(mask, device): return mask.nonzero()[:, 0].to(device, non_blocking=True)
+# %% ../nbs/04_photometric.ipynb #b15f98d7
+def _rows(mask, device): return to_device(mask.nonzero()[:, 0], device)
 
 def _jitter(x, params):
     "Return float images (n, 3, H, W) after the four jitters, each view's in its own order."
-    matrices, shares, turns, luma = (t.to(x.device, non_blocking=True) for t in
+    matrices, shares, turns, luma = (to_device(t, x.device) for t in
                                      (*_color_maps(params), params.factors[:, HUE], LUMA))
     for step, kind in enumerate(params.order.T):
         offset = shares[step] * (x.mean((2, 3)) @ luma)
@@ -62,24 +63,24 @@ def _blur_kernels(sigma, size):
     kernels = torch.exp(-0.5 * (distance / sigma[:, None])**2) * (distance.abs() <= reach[:, None])
     return kernels / kernels.sum(-1, keepdim=True)
 
-# %% ../nbs/04_photometric.ipynb #48e46f2c
+# %% ../nbs/04_photometric.ipynb #cbf6fbde
 def _blur(x, sigma):
     "Return images (n, 3, H, W) blurred with sigma (n,) in pixels, given on the CPU."
     if not len(x): return x
     vertical, horizontal = (
-        _blur_kernels(sigma, size).repeat_interleave(3, 0)[:, None].to(x.device, non_blocking=True)
+        to_device(_blur_kernels(sigma, size).repeat_interleave(3, 0)[:, None], x.device)
         for size in x.shape[2:])
     up, left = vertical.shape[-1] // 2, horizontal.shape[-1] // 2
     x_wide = F.pad(x.flatten(0, 1)[None], (left, left, up, up), mode='reflect')
     x_wide = F.conv2d(x_wide, vertical[:, :, :, None], groups=len(vertical))
     return F.conv2d(x_wide, horizontal[:, :, None], groups=len(horizontal)).view(x.shape)
 
-# %% ../nbs/04_photometric.ipynb #ae88ccbc
+# %% ../nbs/04_photometric.ipynb #a19fdd08
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of R, G, B in 0 to 1
 IMAGENET_STD = (0.229, 0.224, 0.225)   # likewise
 
 def _statistics(device):
-    return (torch.tensor(values).view(3, 1, 1).to(device, non_blocking=True)
+    return (to_device(torch.tensor(values).view(3, 1, 1), device)
             for values in (IMAGENET_MEAN, IMAGENET_STD))
 
 def normalize(x: torch.Tensor   # (..., 3, H, W) float in 0 to 1; changed in place
@@ -94,7 +95,7 @@ def denormalize(x: torch.Tensor   # (..., 3, H, W) normalized float
     mean, std = _statistics(x.device)
     return (x * std + mean).clamp(0, 1)
 
-# %% ../nbs/04_photometric.ipynb #a61fb040
+# %% ../nbs/04_photometric.ipynb #2f058b86
 def photometric(crops: torch.Tensor, # (n, 3, h, w) uint8, or float in 0 to 1; on any device
                 params: ViewParams   # their choices, fields (n, ...), on the CPU
                ) -> torch.Tensor:    # (n, 3, h, w) float32, normalized
@@ -103,7 +104,7 @@ def photometric(crops: torch.Tensor, # (n, 3, h, w) uint8, or float in 0 to 1; o
     with torch.autocast(device.type, enabled=False):
         x = crops.float() / 255 if crops.dtype == torch.uint8 else crops.float()
         x = _jitter(x, params)
-        threshold, luma = (t.to(device, non_blocking=True) for t in (params.solarize, LUMA))
+        threshold, luma = (to_device(t, device) for t in (params.solarize, LUMA))
         rows = _rows(params.gray, device)
         x[rows] = torch.einsum('nchw,c->nhw', x[rows], luma)[:, None]
         rows = _rows(params.sigma > 0, device)

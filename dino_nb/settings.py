@@ -127,7 +127,7 @@ CHOICES = dict(pos_embed_rule=('published', 'timm'), optimizer=('adamw', 'sgd'),
                cache=('none', 'device'), device=('auto', 'cpu', 'cuda', 'mps'),
                precision=('auto', 'bfloat16', 'float16', 'float32', 'float64'))
 
-# %% ../nbs/19_settings.ipynb #51b68ddb
+# %% ../nbs/19_settings.ipynb #49d27781
 @dataclass(kw_only=True)
 class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, ViewSettings,
                   DataSettings):
@@ -139,6 +139,8 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
         for name, (low, high) in RANGES.items(): check_range(name, getattr(self, name), low, high)
         for name, choices in CHOICES.items(): check_choice(name, getattr(self, name), choices)
         check_range('epochs', self.epochs, 1e-9)
+        if self.fsdp and self.optimizer == 'sgd':
+            raise ValueError('fsdp does not work with sgd; use optimizer adamw.')
         for name in ('warmup_epochs', 'warmup_teacher_temp_epochs', 'freeze_last_layer'):
             if getattr(self, name) > self.epochs:
                 raise ValueError(f'epochs is {self.epochs:g}, less than {name}, which is '

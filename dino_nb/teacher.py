@@ -65,7 +65,7 @@ def half_life(momentum: float # of the teacher or the center, in [0, 1)
     check_range('momentum', momentum, 0, math.nextafter(1, 0))
     return -math.log(2) / math.log(momentum) if momentum > 0 else 0.
 
-# %% ../nbs/16_teacher.ipynb #7ccbf2c1
+# %% ../nbs/16_teacher.ipynb #086a0b19
 RULES = ('ema', 'previous_epoch', 'previous_iteration', 'student')
 
 class TeacherRule:
@@ -92,5 +92,5 @@ class TeacherRule:
     @torch.no_grad()
     def _hand_over_previous(self, teacher, student):
         "Give the teacher the student of the last call, and remember the present one."
-        if self.previous is not None: torch._foreach_copy_([*teacher.parameters()], self.previous)
+        if self.previous: torch._foreach_lerp_([*teacher.parameters()], self.previous, 1)
         self.previous = [p.detach().clone() for p in _followed(teacher, student)]

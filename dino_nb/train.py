@@ -15,7 +15,7 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
 
-# %% ../nbs/90_train.ipynb #bf644536
+# %% ../nbs/90_train.ipynb #6cf0dbd0
 import json
 import os
 import platform
@@ -34,7 +34,8 @@ from . import __version__
 from .attention import (attention_maps, attention_share, best_head_jaccard, mass_mask,
                                show_attention)
 from .augment import ViewSettings
-from .checkpoint import load_checkpoint, plot_curves, write_text
+from .checkpoint import (FellBack, load_checkpoint, plot_curves, set_aside,
+                                write_text)
 from .collapse import check_config, suggest_recipe
 from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
                           probe_split)
@@ -42,7 +43,7 @@ from .dist import (World, close_dist, gather_list, init_dist, on_rank0,
                           whole_weights)
 from .features import eval_views
 from .knn import evaluate_knn, pixel_knn
-from .learner import Learner, build_student
+from .learner import PARTS, Learner, build_student
 from .settings import (RECIPES, TrainConfig, config_changes, config_record, make_config,
                               setting_docs, typed_settings)
 from .shapes import Shapes
@@ -88,7 +89,7 @@ def run_folder(config: TrainConfig # settings of a run
     data = Path(config.data).parent if is_shards(config.data) else Path(config.data)
     return Path(config.out or f'runs/{data.resolve().name}_{config.recipe}')
 
-# %% ../nbs/90_train.ipynb #996ac587
+# %% ../nbs/90_train.ipynb #656109dd
 def check_folder(config: TrainConfig, # settings of a run
                  chosen: tuple = ()   # those chosen for the number of images
                 ) -> Path:            # its folder, which may not exist yet
@@ -102,7 +103,8 @@ def check_folder(config: TrainConfig, # settings of a run
     if config.overwrite: return folder
     changes = config_changes(_read_json(folder/'config.json'), config_record(config))
     why = 'another run'
-    if all(change.split()[0] in chosen for change in changes): why = 'a run on other images'
+    if all(change.split()[0] in chosen for change in changes):
+        why = 'a run with other chosen settings, perhaps on other images'
     if changes: raise ValueError(f'{folder} already holds {why}: {"; ".join(changes)}. Choose '
                                  'another folder with --out, or give --overwrite.')
     return folder
@@ -243,7 +245,7 @@ def result_lines(summary: dict # as `summarize` returns it
         lines.append(f'{n} files could not be read and were left out; see bad_files.txt')
     return '\n'.join(lines)
 
-# %% ../nbs/90_train.ipynb #b80ab798
+# %% ../nbs/90_train.ipynb #1cab67ca
 @contextmanager
 def sentences(status: int, # exit status
               *errors):    # kinds of errors that are the user's to mend
@@ -255,7 +257,7 @@ def sentences(status: int, # exit status
         words = str(error) or 'interrupted'
         if isinstance(error, torch.OutOfMemoryError):
             words = (f'{words.splitlines()[0]} To need less, give --accumulate 2 or more, '
-                     '--recompute, or a smaller --batch-size.')
+                     '--recompute, a smaller --batch-size or, with several GPUs, --fsdp.')
         print(f'dino_train: {words}', file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
@@ -324,21 +326,26 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     if config.cache == 'device' and train.images is None: check_cache(train, world.device)
     return Learner(config, train, world), bank, test, folder, reasons
 
-# %% ../nbs/90_train.ipynb #eff8965e
+# %% ../nbs/90_train.ipynb #7fd86f36
 def resume(run: Learner, # a new run
            folder: Path  # its folder
           ):
     "Make the folder this run's, or go on from the checkpoint it holds."
     if run.config.overwrite and run.world.is_main: clear_folder(folder)
+    state, notes = None, []
     found = [(folder/name).exists() for name in FILES if name.startswith('checkpoint')]
     if any(found) and not run.config.overwrite:
         with warnings.catch_warnings(record=True, action='always') as notes:
-            run.load_state(load_checkpoint(folder/'checkpoint.pt', needs=run.state().keys()))
-        for note in notes: say(run.world, f'note: {note.message}')
-        say(run.world, f'going on at step {run.step} of {run.n_steps}')
-    if len(steps := set(gather_list([run.step]))) > 1:
+            state = load_checkpoint(folder/'checkpoint.pt', needs=PARTS)
+    if len(steps := set(gather_list([state['step'] if state else 0]))) > 1:
         raise ValueError(f'processes found checkpoints of different steps, {sorted(steps)}; '
                          f'{folder} must be on a file system that all of them share.')
+    for note in notes: say(run.world, f'note: {note.message}')
+    if run.world.is_main and any(note.category is FellBack for note in notes):
+        set_aside(folder/'checkpoint.pt')
+    if state:
+        run.load_state(state)
+        say(run.world, f'going on at step {run.step} of {run.n_steps}')
     if run.step or not run.world.is_main: return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder/'config.json', json.dumps(config_record(run.config), indent=1))
@@ -397,10 +404,11 @@ def announce(run: Learner, folder: Path, reasons: dict):
         tell(f'note: {run.n_steps} steps are few; DINO needs thousands to learn anything. '
              f'With these images, --epochs {wanted} or more.')
 
-# %% ../nbs/90_train.ipynb #e7f24332
+# %% ../nbs/90_train.ipynb #57662767
 def main(argv: list[str] | None = None): # words of the command line; None: sys.argv
     "Train DINO on a folder of images, or on the embedded dataset (`dino_train --help`)."
-    with sentences(2, ValueError, OSError), sentences(130, KeyboardInterrupt):
+    with (sentences(2, ValueError, OSError), sentences(1, torch.OutOfMemoryError),
+          sentences(130, KeyboardInterrupt)):
         run, bank, test, folder, reasons = prepare(argv)
     tell, results = partial(say, run.world), folder/'summary.json'
     if results.exists() and not run.config.overwrite:

@@ -6,7 +6,7 @@
 __all__ = ['ViewBatch', 'MultiCrop', 'collate_views', 'to_views', 'count_workers', 'file_views', 'memory_views', 'check_cache',
            'cache_images', 'prefetch', 'show_views']
 
-# %% ../nbs/05_views.ipynb #d7de6ad8
+# %% ../nbs/05_views.ipynb #4a716445
 import os
 import signal
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import (ViewParams, ViewSettings, crop_views, crop_views_batched,
                              sample_views)
-from .core import default_of, show_images
+from .core import default_of, show_images, to_device
 from .data import BadImage
 from .photometric import denormalize, photometric_views
 
@@ -62,12 +62,12 @@ def collate_views(samples: list[ViewBatch] # batches of one image
     return ViewBatch([torch.stack(group, dim=1).flatten(0, 1) for group in zip(*crops)],
                      ViewParams(*map(torch.cat, zip(*params))), torch.cat(indices), sum(bad, []))
 
-# %% ../nbs/05_views.ipynb #1fd9d279
+# %% ../nbs/05_views.ipynb #c708084e
 def to_views(batch: ViewBatch,       # what a worker sends
              device: torch.device    # where the model runs
             ) -> list[torch.Tensor]: # one per resolution: (n·B, 3, h, w) float32, crop-major
     "Send the crops of a batch to the device and color them there."
-    crops = [group.to(device, non_blocking=True) for group in batch.crops]
+    crops = [to_device(group, device) for group in batch.crops]
     return photometric_views(crops, batch.params)
 
 # %% ../nbs/05_views.ipynb #d6390572
@@ -93,7 +93,7 @@ def file_views(source: Dataset,        # source[i] is a uint8 image (3, H, W), o
                         worker_init_fn=_let_main_decide, pin_memory=device.type == 'cuda')
     for batch in loader: yield to_views(batch, device), batch.bad
 
-# %% ../nbs/05_views.ipynb #b3c51152
+# %% ../nbs/05_views.ipynb #5062010b
 def memory_views(images: torch.Tensor,   # (N, 3, H, W) uint8, on the device that trains
                  sizes: torch.Tensor,    # (N, 2) height and width of each within H and W
                  sampler,                # yields a list of (epoch, index) per step
@@ -105,7 +105,7 @@ def memory_views(images: torch.Tensor,   # (N, 3, H, W) uint8, on the device tha
         epochs, indices = zip(*batch)
         rows = list(indices)
         params = sample_views(settings, seed, epochs, rows, sizes[rows])
-        picked = images[torch.tensor(rows).to(images.device, non_blocking=True)]
+        picked = images[to_device(torch.tensor(rows), images.device)]
         crops = crop_views_batched(picked, params, settings)
         yield photometric_views(crops, params), []
 
