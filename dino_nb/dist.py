@@ -153,7 +153,7 @@ def on_rank0(func: Callable, # called with args, in the main process only
     if outcome[1] is not None: raise outcome[1]
     return outcome[0]
 
-# %% ../nbs/21_dist.ipynb #445f2021
+# %% ../nbs/21_dist.ipynb #6abc19f1
 def split_weights(network: nn.Module, # has backbone and head; changed in place
                   world: World        # this process among all
                  ):
@@ -166,7 +166,7 @@ def split_weights(network: nn.Module, # has backbone and head; changed in place
     for block in getattr(network.backbone, 'blocks', ())[:-1]:
         if not isinstance(block, nn.Sequential): split(block)
     for part in split(network.backbone), split(network.head):
-        for unit in part.modules():  # CPUs add gradients up where they are asked for the mean
+        for unit in part.modules():  # on CPUs, some versions' means are sums (pytorch 162338)
             if isinstance(unit, FSDPModule): unit.set_force_sum_reduction_for_comms(True)
     torch.set_autocast_cache_enabled(False)  # it would keep the weights of all blocks, cast
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module')  # features are a view of the tokens
