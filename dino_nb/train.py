@@ -15,7 +15,7 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
 
-# %% ../nbs/90_train.ipynb #6cf0dbd0
+# %% ../nbs/90_train.ipynb #feaba1a5
 import json
 import os
 import platform
@@ -36,14 +36,14 @@ from .attention import (attention_maps, attention_share, best_head_jaccard, mass
 from .augment import ViewSettings
 from .checkpoint import (FellBack, load_checkpoint, plot_curves, set_aside,
                                 write_text)
-from .collapse import check_config, suggest_recipe
+from .collapse import USUAL_RATES, check_config, suggest_recipe
 from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
                           probe_split)
 from .dist import (World, close_dist, gather_list, init_dist, on_rank0,
                           whole_weights)
 from .features import eval_views
 from .knn import evaluate_knn, pixel_knn
-from .learner import PARTS, Learner, build_student
+from .learner import Learner, build_student
 from .settings import (RECIPES, TrainConfig, config_changes, config_record, make_config,
                               setting_docs, typed_settings)
 from .shapes import Shapes
@@ -283,7 +283,7 @@ def check_device(name: str): # auto, cpu, cuda or mps
         raise ValueError(f'device is {name}, but torch finds none on this machine; '
                          'auto takes the best there is.')
 
-# %% ../nbs/90_train.ipynb #10ae3592
+# %% ../nbs/90_train.ipynb #51df1273
 def names_recipe(typed: dict # what the user typed
                 ) -> bool:   # False: settings are chosen for the user's images
     "True if a recipe is named, or meant because the images are the embedded ones."
@@ -302,8 +302,9 @@ def choose_settings(typed: dict,   # what the user typed
     if world.device.type == 'cuda': memory = world.size * torch.cuda.mem_get_info(world.device)[1]
     chosen, reasons = suggest_recipe(n_images, batch_size, memory, typed.get('epochs'), 2 + n_local)
     chosen['hue'], reasons['hue'] = ViewSettings.hue, 'the published one, for photographs'
-    if (lr := 0.005 * 256 / batch_size) < RECIPES['tiny']['lr']:
-        chosen['lr'], reasons['lr'] = lr, f'per 256 images: 0.005 with batches of {batch_size}'
+    highest = USUAL_RATES['adamw'][1]
+    if (lr := highest * 256 / batch_size) < RECIPES['tiny']['lr']:
+        chosen['lr'], reasons['lr'] = lr, f'per 256 images: {highest} with batches of {batch_size}'
     told = {n: why for n, why in reasons.items() if n not in typed and n != 'batch_size'}
     return make_config(**chosen | typed), told
 
@@ -326,7 +327,7 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     if config.cache == 'device' and train.images is None: check_cache(train, world.device)
     return Learner(config, train, world), bank, test, folder, reasons
 
-# %% ../nbs/90_train.ipynb #7fd86f36
+# %% ../nbs/90_train.ipynb #f0f5bc02
 def resume(run: Learner, # a new run
            folder: Path  # its folder
           ):
@@ -336,7 +337,7 @@ def resume(run: Learner, # a new run
     found = [(folder/name).exists() for name in FILES if name.startswith('checkpoint')]
     if any(found) and not run.config.overwrite:
         with warnings.catch_warnings(record=True, action='always') as notes:
-            state = load_checkpoint(folder/'checkpoint.pt', needs=PARTS)
+            state = load_checkpoint(folder/'checkpoint.pt', needs=run.parts().keys())
     if len(steps := set(gather_list([state['step'] if state else 0]))) > 1:
         raise ValueError(f'processes found checkpoints of different steps, {sorted(steps)}; '
                          f'{folder} must be on a file system that all of them share.')
