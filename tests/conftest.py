@@ -5,6 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from torchvision.transforms.functional import to_pil_image
+
+from dino_nb.shapes import Shapes
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,3 +43,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session')
 def again(tmp_path_factory): return Again(tmp_path_factory.mktemp('again'))
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    "A folder of 96 JPEGs in two class folders"
+    folder, shapes = tmp_path_factory.mktemp('images'), Shapes(96, size=40)
+    for i, (image, label) in enumerate(zip(shapes.images, shapes.labels)):
+        (folder/f'class_{label % 2}').mkdir(exist_ok=True)
+        to_pil_image(image).save(folder/f'class_{label % 2}'/f'{i:03}.jpg')
+    return folder

@@ -3,54 +3,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import (LONG, MODULE, SCRIPT, SMALL, TORCHRUN, run, same_run, same_weights, start,
+                       wait_for, workers_of)
 from torchvision.transforms.functional import to_pil_image
 
 from dino_nb.checkpoint import load_checkpoint
 from dino_nb.data import open_images, probe_split
 from dino_nb.shapes import Shapes
-
-SCRIPT = Path(__file__).parent.parent/'dino_nb'/'train.py'
-SMALL = ('--depth 1 --embed-dim 64 --num-heads 2 --batch-size 16 --epochs 4 --warmup-epochs 1 '
-         '--freeze-last-layer 1 --log-every 3 --knn-every 2 --workers 0 --device cpu').split()
-MODULE = [sys.executable, '-m', 'dino_nb.train']
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-
-
-def start(command, cwd, **kwargs):
-    env = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg')
-    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
-
-
-def run(command, cwd):
-    "Exit status, what was printed, what was complained about"
-    process = start(command, cwd)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
-@pytest.fixture(scope='module')
-def images(tmp_path_factory):
-    "A folder of 96 JPEGs in two class folders"
-    folder, shapes = tmp_path_factory.mktemp('images'), Shapes(96, size=40)
-    for i, (image, label) in enumerate(zip(shapes.images, shapes.labels)):
-        (folder/f'class_{label % 2}').mkdir(exist_ok=True)
-        to_pil_image(image).save(folder/f'class_{label % 2}'/f'{i:03}.jpg')
-    return folder
-
-
-def same_weights(a, b, part='teacher', atol=0.):
-    a, b = load_checkpoint(a/'checkpoint.pt')[part], load_checkpoint(b/'checkpoint.pt')[part]
-    assert a.keys() == b.keys()
-    for name in a: torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
-
 
 def test_one_process_and_its_folder(images, tmp_path):
     status, out, err = run(MODULE + ['--data', images, '--out', 'one'] + SMALL, tmp_path)
@@ -90,27 +55,6 @@ def test_workers_change_nothing(images, tmp_path):
         command = MODULE + ['--data', images, '--out', workers] + SMALL + ['--workers', workers]
         assert run(command, tmp_path)[0] == 0
     same_weights(tmp_path/'0', tmp_path/'2')
-
-
-PACE = ('images_per_second', 'waiting')
-LONG = ['--depth', '2', '--drop-path-rate', '0.2', '--epochs', '16', '--checkpoint-steps', '3']
-
-
-def wait_for(path, process, text=''):
-    "Wait until a file of a running process holds a text"
-    while process.poll() is None and not (path.exists() and (not text or text in path.read_text())):
-        time.sleep(0.01)
-
-
-def same_run(a, b):
-    "Weights, moments, center and log are equal, bit for bit"
-    for part in ('student', 'teacher', 'dino_loss'): same_weights(a, b, part)
-    moments = [load_checkpoint(folder/'checkpoint.pt')['optimizer']['state'] for folder in (a, b)]
-    for i in moments[0]:
-        for name, value in moments[0][i].items(): assert torch.equal(value, moments[1][i][name])
-    logs = [[{k: v for k, v in json.loads(line).items() if k not in PACE}
-             for line in (folder/'log.jsonl').read_text().splitlines()] for folder in (a, b)]
-    assert logs[0] == logs[1]
 
 
 @pytest.fixture(scope='module')
@@ -248,19 +192,6 @@ def test_the_number_of_processes_changes_nothing(images, tmp_path):
     found = [json.loads((tmp_path/name/'summary.json').read_text())['knn_teacher']['20']
              for name in ('one', 'split')]
     assert found[0] == pytest.approx(found[1], abs=1e-6)
-
-
-def workers_of(process):
-    "The processes that torchrun started, by rank"
-    found = {}
-    for folder in Path('/proc').glob('[0-9]*'):
-        try:
-            parent = int((folder/'stat').read_text().rsplit(') ', 1)[1].split()[1])
-            env = (folder/'environ').read_bytes().split(b'\0')
-        except (OSError, ValueError): continue
-        rank = [int(word[5:]) for word in env if word.startswith(b'RANK=')]
-        if parent == process.pid and rank: found[rank[0]] = int(folder.name)
-    return found
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')

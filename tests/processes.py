@@ -1,0 +1,70 @@
+"What the tests of the script share: how to start it, wait for it, and compare two of its runs."
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from dino_nb.checkpoint import load_checkpoint
+
+SCRIPT = Path(__file__).parent.parent/'dino_nb'/'train.py'
+SMALL = ('--depth 1 --embed-dim 64 --num-heads 2 --batch-size 16 --epochs 4 --warmup-epochs 1 '
+         '--freeze-last-layer 1 --log-every 3 --knn-every 2 --workers 0 --device cpu').split()
+MODULE = [sys.executable, '-m', 'dino_nb.train']
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+
+
+def start(command, cwd, **kwargs):
+    env = os.environ | dict(OMP_NUM_THREADS='1', MPLBACKEND='agg')
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+def run(command, cwd):
+    "Exit status, what was printed, what was complained about"
+    process = start(command, cwd)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def same_weights(a, b, part='teacher', atol=0.):
+    a, b = load_checkpoint(a/'checkpoint.pt')[part], load_checkpoint(b/'checkpoint.pt')[part]
+    assert a.keys() == b.keys()
+    for name in a: torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
+
+
+PACE = ('images_per_second', 'waiting')
+LONG = ['--depth', '2', '--drop-path-rate', '0.2', '--epochs', '16', '--checkpoint-steps', '3']
+
+
+def wait_for(path, process, text=''):
+    "Wait until a file of a running process holds a text"
+    while process.poll() is None and not (path.exists() and (not text or text in path.read_text())):
+        time.sleep(0.01)
+
+
+def same_run(a, b):
+    "Weights, moments, center and log are equal, bit for bit"
+    for part in ('student', 'teacher', 'dino_loss'): same_weights(a, b, part)
+    moments = [load_checkpoint(folder/'checkpoint.pt')['optimizer']['state'] for folder in (a, b)]
+    for i in moments[0]:
+        for name, value in moments[0][i].items(): assert torch.equal(value, moments[1][i][name])
+    logs = [[{k: v for k, v in json.loads(line).items() if k not in PACE}
+             for line in (folder/'log.jsonl').read_text().splitlines()] for folder in (a, b)]
+    assert logs[0] == logs[1]
+
+
+def workers_of(process):
+    "The processes that torchrun started, by rank"
+    found = {}
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            parent = int((folder/'stat').read_text().rsplit(') ', 1)[1].split()[1])
+            env = (folder/'environ').read_bytes().split(b'\0')
+        except (OSError, ValueError): continue
+        rank = [int(word[5:]) for word in env if word.startswith(b'RANK=')]
+        if parent == process.pid and rank: found[rank[0]] = int(folder.name)
+    return found
