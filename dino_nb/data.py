@@ -9,6 +9,7 @@ __all__ = ['IMAGE_EXTENSIONS', 'BadImage', 'decode_image', 'ImageSource', 'open_
 # %% ../nbs/02_data.ipynb #48ac6fb7
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -118,8 +119,10 @@ class ImageSource(Dataset):
                  names: list[str],                   # one per image
                  labels: torch.Tensor | None = None, # (N,) int64
                  classes: list[str] | None = None,   # name of each label
-                 groups: torch.Tensor | None = None): # (N,) int64: which lie in one large file
+                 groups: torch.Tensor | None = None, # (N,) int64: which lie in one large file
+                 notes: Sequence[str] = ()):         # what a user should know about the choice
         self.items, self.labels, self.classes, self.groups = items, labels, classes, groups
+        self.notes = list(notes)
         self.names = (names if isinstance(names, np.ndarray) else
                       np.array([os.fsencode(name) for name in names]))
 
@@ -157,7 +160,8 @@ def subset(self: ImageSource,
     items = self.items[indices] if in_memory else Subset(self.items, indices.tolist())
     labels, groups = (None if column is None else column[indices]
                       for column in (self.labels, self.groups))
-    return ImageSource(items, self.names[indices.numpy()], labels, self.classes, groups)
+    return ImageSource(items, self.names[indices.numpy()], labels, self.classes, groups,
+                       self.notes)
 
 @patch(as_prop=True)
 def fingerprint(self: ImageSource) -> str: # number of images, a dash, 16 hexadecimal digits

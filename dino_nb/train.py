@@ -399,6 +399,7 @@ def announce(run: Learner, folder: Path, reasons: dict):
     for name, why in reasons.items(): tell(f'  {name} {getattr(run.config, name):g}: {why}')
     tell(f'{len(run.source):,} images, {n_params/1e6:.1f} M parameters, {run.n_steps} steps, '
          f'{run.device} {run.dtype}, {run.world.size} process(es)')
+    for note in run.source.notes: tell('note:', note)
     for warning in check_config(run.config, len(run.source)): tell('warning:', warning)
     if run.n_steps < 1000:
         wanted = -(-1000 // run.steps_per_epoch)
