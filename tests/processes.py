@@ -36,6 +36,17 @@ def same_weights(a, b, part='teacher', atol=0.):
     for name in a: torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0)
 
 
+def carried(steps, lr=5e-4):
+    """How far apart weights may come in so many steps because sums were taken in another order
+
+    In double precision a gradient changes by 1e-15 (test_exact.py). Adam divides that by its
+    epsilon, 1e-8, where the gradient itself is smaller, and a step moves the weight lr times as
+    far. A factor of 100 is for what later steps make of it. An error of the method moves weights
+    by lr in a single step.
+    """
+    return 100 * steps * lr * 1e-15 / 1e-8
+
+
 PACE = ('images_per_second', 'waiting')
 LONG = ['--depth', '2', '--drop-path-rate', '0.2', '--epochs', '16', '--checkpoint-steps', '3']
 
