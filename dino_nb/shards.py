@@ -21,7 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from .core import check_range, generator
+from .core import check_range, generator, regular_file
 from .data import IMAGE_EXTENSIONS, ImageSource, decode_image
 
 # %% ../nbs/06_shards.ipynb #507d3786
@@ -50,7 +50,7 @@ def _index_shard(path: str) -> list[tuple[str, int, int, int]]:
     "Return (member's name, offset, size, label) of every image in a tar."
     samples = {}
     try:
-        with tarfile.open(path, 'r:') as shard:
+        with tarfile.open(regular_file(path), 'r:') as shard:
             for member in shard:
                 key, kind = _key(member.name)
                 if member.isreg() and not key.endswith('/') and key:
@@ -90,7 +90,7 @@ def _cache_file(paths: list[str]) -> Path:
 
 def _kept_index(paths: list[str]) -> dict[str, np.ndarray]:
     "Return the index of some tars, from the cache if it is there."
-    try: return dict(np.load(cached := _cache_file(paths)))
+    try: return dict(np.load(regular_file(cached := _cache_file(paths))))
     except (OSError, ValueError, EOFError, BadZipFile): index = _index_shards(paths)
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def _kept_index(paths: list[str]) -> dict[str, np.ndarray]:
 
 # %% ../nbs/06_shards.ipynb #79855f0d
 @lru_cache(64)
-def _opened(path: str, changed: int): return open(path, 'rb')
+def _opened(path: str, changed: int): return open(regular_file(path), 'rb')
 
 class _Members:
     "Images inside of tars, decoded when asked for."
