@@ -81,7 +81,7 @@ class TeacherSettings:
 @dataclass(kw_only=True)
 class OptimSettings:
     "Optimizer and its schedules."
-    optimizer: str = 'adamw'  # adamw or sgd
+    optimizer: str = 'adamw'  # adamw, sgd or lars
     epochs: float = _schedule('epochs')    # passes over the images
     lr: float = _schedule('lr')            # peak, per 256 images of a step
     min_lr: float = _schedule('min_lr')    # at the end
@@ -121,7 +121,7 @@ RANGES = dict(batch_size=(1, None), seed=(0, None), workers=(-1, None), drop_pat
               clip_grad=(0, None), freeze_last_layer=(0, None), log_every=(1, None),
               knn_every=(0, None), eval_crop=(0.1, 1), checkpoint_minutes=(0, None),
               checkpoint_steps=(0, None), accumulate=(1, None), loss_chunks=(1, None))
-CHOICES = dict(pos_embed_rule=('published', 'timm'), optimizer=('adamw', 'sgd'),
+CHOICES = dict(pos_embed_rule=('published', 'timm'), optimizer=('adamw', 'sgd', 'lars'),
                teacher_rule=RULES, target=TARGETS, loss=KINDS,
                activation=tuple(ACTIVATIONS), on_collapse=('warn', 'stop'),
                cache=('none', 'device'), device=('auto', 'cpu', 'cuda', 'mps'),
@@ -139,8 +139,8 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
         for name, (low, high) in RANGES.items(): check_range(name, getattr(self, name), low, high)
         for name, choices in CHOICES.items(): check_choice(name, getattr(self, name), choices)
         check_range('epochs', self.epochs, 1e-9)
-        if self.fsdp and self.optimizer == 'sgd':
-            raise ValueError('fsdp does not work with sgd; use optimizer adamw.')
+        if self.fsdp and self.optimizer != 'adamw':
+            raise ValueError(f'fsdp does not work with {self.optimizer}; use optimizer adamw.')
         for name in ('warmup_epochs', 'warmup_teacher_temp_epochs', 'freeze_last_layer'):
             if getattr(self, name) > self.epochs:
                 raise ValueError(f'epochs is {self.epochs:g}, less than {name}, which is '
