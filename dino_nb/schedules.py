@@ -7,38 +7,42 @@ __all__ = ['linear_warmup', 'cosine_schedule', 'scaled_lr', 'Schedules', 'make_s
 
 # %% ../nbs/17_schedules.ipynb #ad2d3271
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 from .core import check_range
 
 # %% ../nbs/17_schedules.ipynb #4750b0df
-def linear_warmup(base: float,       # value of the last step
-                  n_steps: int,      # length, in steps; 0 gives an empty list
+def linear_warmup(step: int,         # from 0 to n_steps - 1
+                  base: float,       # value of the last step
+                  n_steps: int,      # length, in steps
                   start: float = 0.  # value of the first step
-                 ) -> list[float]:   # n_steps values
-    "Return evenly spaced values from start to base, both included."
-    parts = (i / max(1, n_steps - 1) for i in range(n_steps))
-    return [(1 - u) * start + u * base for u in parts]
+                 ) -> float:         # value of this step
+    "Return one of n_steps evenly spaced values from start to base, both included."
+    u = step / max(1, n_steps - 1)
+    return (1 - u) * start + u * base
 
 # %% ../nbs/17_schedules.ipynb #591d0a2d
-def cosine_schedule(base: float,              # value at the end of the warm-up
+def cosine_schedule(step: int,                # from 0 to n_steps - 1
+                    base: float,              # value at the end of the warm-up
                     final: float,             # value approached at the end
                     n_steps: int,             # length of the whole run, in steps
-                    warmup_steps: int = 0,    # of these, steps of the warm-up
+                    warmup_steps: int = 0,    # of these, steps of the warm-up, which comes first
                     warmup_start: float = 0.  # value of the first step of the warm-up
-                   ) -> list[float]:          # n_steps values, the warm-up first
-    "Return a linear warm-up to base, then half a cosine towards final (DINO §3.2)."
+                   ) -> float:                # value of this step
+    "Return a point of a linear warm-up to base, then half a cosine towards final (DINO §3.2)."
     check_range('warmup_steps', warmup_steps, 0, n_steps)
-    n = n_steps - warmup_steps
-    wave = [final + 0.5 * (base - final) * (1 + math.cos(math.pi * j / n)) for j in range(n)]
-    return linear_warmup(base, warmup_steps, warmup_start) + wave
+    if step < warmup_steps: return linear_warmup(step, base, warmup_steps, warmup_start)
+    j, n = step - warmup_steps, n_steps - warmup_steps
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * j / n))
 
 # %% ../nbs/17_schedules.ipynb #5158b67a
-def _staircase(start, final, n_steps, warmup_steps, steps_per_epoch):
-    "Return one value per step: constant within an epoch, final after the warm-up."
+def _staircase(step, start, final, warmup_steps, steps_per_epoch):
+    "Return a value that is constant within an epoch, and final after the warm-up."
+    if step >= warmup_steps: return final
     n_stairs = -(-warmup_steps // steps_per_epoch)
-    stairs = linear_warmup(final, n_stairs, start)
-    return [stairs[t // steps_per_epoch] if t < warmup_steps else final for t in range(n_steps)]
+    return linear_warmup(step // steps_per_epoch, final, n_stairs, start)
 
 # %% ../nbs/17_schedules.ipynb #288afac3
 def scaled_lr(lr: float,       # learning rate for 256 images per step
@@ -50,20 +54,27 @@ def scaled_lr(lr: float,       # learning rate for 256 images per step
 # %% ../nbs/17_schedules.ipynb #2070ddff
 @dataclass
 class Schedules:
-    "Hold the value of each scheduled setting for every step of a run."
-    lr: list[float]               # learning rate
-    weight_decay: list[float]     # weight decay of the decayed parameters
-    teacher_momentum: list[float] # share of the teacher that is kept in each update
-    teacher_temp: list[float]     # temperature of the teacher's softmax
+    "Hold each scheduled setting of a run as a function of the step."
+    n_steps: int                              # length of the run
+    lr: Callable[[int], float]                # learning rate
+    weight_decay: Callable[[int], float]      # weight decay of the decayed parameters
+    teacher_momentum: Callable[[int], float]  # share of the teacher that is kept in each update
+    teacher_temp: Callable[[int], float]      # temperature of the teacher's softmax
 
-    def __len__(self): return len(self.lr)
+    def __len__(self): return self.n_steps
 
     def at(self,
            step: int                 # from 0 to the number of steps - 1
           ) -> dict[str, float]:     # one value per setting, by name
         "Return the four values of one step."
         check_range('step', step, 0, len(self) - 1)
-        return {field.name: getattr(self, field.name)[step] for field in fields(self)}
+        return {field.name: getattr(self, field.name)(step) for field in fields(self)[1:]}
+
+    def values(self,
+               name: str         # lr, weight_decay, teacher_momentum or teacher_temp
+              ) -> list[float]:  # one value per step
+        "Return a setting at every step of the run."
+        return [*map(getattr(self, name), range(len(self)))]
 
 # %% ../nbs/17_schedules.ipynb #0f9bf218
 def _check_fits(name, warmup, epochs):
@@ -92,11 +103,14 @@ def make_schedules(steps_per_epoch: int,                # steps in one pass over
     _check_arguments(**locals())
     n_steps, lr_steps, temp_steps = (round(duration * steps_per_epoch) for duration in
                                      (epochs, warmup_epochs, warmup_teacher_temp_epochs))
+    cosine = partial(cosine_schedule, n_steps=n_steps)
     return Schedules(
-        cosine_schedule(scaled_lr(lr, batch_size), min_lr, n_steps, lr_steps),
-        cosine_schedule(weight_decay, weight_decay_end, n_steps),
-        cosine_schedule(teacher_momentum, teacher_momentum_end, n_steps),
-        _staircase(warmup_teacher_temp, teacher_temp, n_steps, temp_steps, steps_per_epoch))
+        n_steps,
+        partial(cosine, base=scaled_lr(lr, batch_size), final=min_lr, warmup_steps=lr_steps),
+        partial(cosine, base=weight_decay, final=weight_decay_end),
+        partial(cosine, base=teacher_momentum, final=teacher_momentum_end),
+        partial(_staircase, start=warmup_teacher_temp, final=teacher_temp,
+                warmup_steps=temp_steps, steps_per_epoch=steps_per_epoch))
 
 def _check_arguments(steps_per_epoch, epochs, batch_size, warmup_epochs, teacher_momentum,
                      teacher_momentum_end, warmup_teacher_temp, teacher_temp,
