@@ -11,6 +11,7 @@ import socket
 
 import pytest
 import torch
+from processes import CAN_SPLIT
 
 from dino_nb.data import open_images
 from dino_nb.dist import close_dist, gather_state, init_dist
@@ -60,7 +61,7 @@ def apart(one, other):
 
 
 MORE = [(2, {}), (4, {}), (1, dict(accumulate=4)), (2, dict(accumulate=2)),
-        (2, dict(accumulate=2, fsdp=True, recompute=True))]
+        (2, dict(accumulate=2, recompute=True, fsdp=CAN_SPLIT))]
 
 
 @pytest.mark.parametrize('precision', BOUND)

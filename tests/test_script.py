@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import (LONG, MODULE, SCRIPT, SMALL, TORCHRUN, carried, run, same_run,
-                       same_weights, start, wait_for, workers_of)
+from processes import (CAN_SPLIT, LONG, MODULE, SCRIPT, SMALL, TORCHRUN, carried, run,
+                       same_run, same_weights, start, wait_for, workers_of)
 from torchvision.transforms.functional import to_pil_image
 
 from dino_nb.checkpoint import load_checkpoint
@@ -169,9 +169,11 @@ def test_other_images_are_refused(images, tmp_path):
     assert status == 2 and 'images changed' in err and len(err.strip().splitlines()) == 1, err
 
 
+needs_split = pytest.mark.skipif(not CAN_SPLIT, reason='this torch is too old for --fsdp')
 EXACT = ['--precision', 'float64', '--epochs', '2', '--knn-every', '0', '--checkpoint-steps', '1']
 
 
+@needs_split
 def test_the_number_of_processes_changes_nothing(images, tmp_path):
     "Two processes that cut their images in parts and split the weights end where one does"
     one, two = (start + ['--data', images, '--depth', '2'] + SMALL[2:] + EXACT for start in
@@ -187,6 +189,7 @@ def test_the_number_of_processes_changes_nothing(images, tmp_path):
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
+@needs_split
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
 def test_split_weights_go_on_after_a_kill_in_any_number_of_processes(images, tmp_path):
     words = ['-m', 'dino_nb.train', '--data', images, '--precision', 'float64'] + SMALL + LONG
