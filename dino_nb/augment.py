@@ -15,7 +15,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from .core import check_range, generator, to_device
+from .core import check_range, generator, shown, to_device
 
 # %% ../nbs/03_augment.ipynb #13f43364
 def _pair(size: int | tuple) -> tuple:
@@ -25,14 +25,14 @@ def _pair(size: int | tuple) -> tuple:
 def _check_numbers(name, values, length, low, high):
     "Check a tuple's length and the range of each of its numbers."
     if not isinstance(values, tuple) or len(values) != length:
-        raise ValueError(f'{name} is {values}; it must be {length} numbers.')
+        raise ValueError(f'{name} is {shown(values)}; it must be {length} numbers.')
     for value in values: check_range(name, value, low, high)
 
 def _check_span(name, values, low, high):
     "Check that values are two numbers in the range, the smaller one first."
     _check_numbers(name, values, 2, low, high)
     if values[0] > values[1]:
-        raise ValueError(f'{name} is {values}; the first number must not exceed the second.')
+        raise ValueError(f'{name} is {shown(values)}; the first number must not exceed the second.')
 
 # %% ../nbs/03_augment.ipynb #d3f184e5
 @dataclass(kw_only=True)
@@ -59,8 +59,8 @@ class ViewSettings:
         for name, value in vars(self).items():
             if isinstance(value, list): setattr(self, name, tuple(value)) # as JSON stores tuples
         for name in ('global_size', 'local_size'):
-            _check_numbers(name, _pair(getattr(self, name)), 2, 1, None)
-        check_range('n_local', self.n_local, 0)
+            _check_numbers(name, _pair(getattr(self, name)), 2, 1, 10_000)
+        check_range('n_local', self.n_local, 0, 1000)
         for name in ('global_scale', 'local_scale'): _check_span(name, getattr(self, name), 1e-4, 1)
         for name in ('flip_prob', 'jitter_prob', 'brightness', 'contrast', 'saturation',
                      'gray_prob', 'solarize_threshold'):
@@ -68,7 +68,7 @@ class ViewSettings:
         check_range('hue', self.hue, 0, 0.5)
         for name in ('blur_prob', 'solarize_prob'):
             _check_numbers(name, getattr(self, name), 3, 0, 1)
-        _check_span('blur_sigma', self.blur_sigma, 0.01, None)
+        _check_span('blur_sigma', self.blur_sigma, 0.01, 1000)
 
     def resolutions(self) -> list: # (slice of the views, (height, width)) of each group
         "Return which views have which size: the global ones first."

@@ -6,7 +6,6 @@
 __all__ = ['resample_positions', 'DINOViT', 'create_backbone', 'Tokens', 'backbone_tokens', 'set_fused_attention']
 
 # %% ../nbs/14_backbone.ipynb #f3f88299
-import difflib
 import re
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from .core import check_choice, check_range
+from .core import check_choice, check_range, shown
 
 # %% ../nbs/14_backbone.ipynb #1feda4eb
 def resample_positions(positions: torch.Tensor,    # table (1, n_prefix + N, D)
@@ -92,19 +91,12 @@ def _build(name: str, img_size, settings: dict) -> nn.Module:
         try: return timm.create_model(name, pretrained=False, num_classes=0, **free, **settings)
         except AssertionError as error:
             given = ', '.join(f'{key} {value}' for key, value in settings.items() if value)
-            raise ValueError(f'{name} cannot be made with {given}: {error}.')
+            raise ValueError(f'{name} cannot be made with {given}: {shown(error)}.')
         except TypeError as error:
             refused = re.search(r"unexpected keyword argument\W+(?:s\W+)?(\w+)", str(error))
             if not refused: raise
             if refused[1] not in free: raise ValueError(f'{refused[1]} does not apply to {name}.')
             del free[refused[1]]
-
-def _check_name(name: str):
-    "Refuse a name that timm does not know, and say the nearest ones."
-    if timm.is_model(name): return
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    hint = f'did you mean {" or ".join(near)}?' if near else 'timm.list_models() lists all names.'
-    raise ValueError(f'backbone is {name!r}, which timm does not know; {hint}')
 
 # %% ../nbs/14_backbone.ipynb #c6c8c973
 def create_backbone(name: str = 'vit_small_patch16_224', # any timm architecture
@@ -119,7 +111,7 @@ def create_backbone(name: str = 'vit_small_patch16_224', # any timm architecture
     "Return a timm network without classifier, with fresh weights, for images of any size."
     check_choice('pos_embed_rule', pos_embed_rule, ('published', 'timm'))
     check_range('drop_path_rate', drop_path_rate, 0, 0.99)
-    _check_name(name)
+    if not timm.is_model(name): check_choice('backbone', name, timm.list_models())
     settings = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
     for key, value in settings.items():
         if value is not None: check_range(key, value, 1)

@@ -20,7 +20,7 @@ from fastcore.docments import docments
 from .augment import ViewSettings
 from .backbone import create_backbone
 from .centering import TARGETS
-from .core import check_choice, check_range, default_of
+from .core import check_choice, check_range, default_of, shown
 from .head import ACTIVATIONS, DINOHead
 from .loss import KINDS, DINOLoss
 from .schedules import make_schedules
@@ -112,20 +112,30 @@ class RunSettings:
     on_collapse: str = 'warn'        # warn, or stop: end the run with exit status 3
 
 # %% ../nbs/19_settings.ipynb #442018f5
-RANGES = dict(batch_size=(1, None), seed=(0, None), workers=(-1, None), drop_path_rate=(0, 0.99),
-              out_dim=(2, None), hidden_dim=(1, None), bottleneck_dim=(1, None),
-              head_layers=(0, None), predictor=(0, None), student_temp=(1e-3, None),
-              warmup_teacher_temp=(1e-3, None), teacher_temp=(1e-3, None), teacher_momentum=(0, 1),
-              teacher_momentum_end=(0, 1), center_momentum=(0, 1),
-              lr=(0, None), min_lr=(0, None), weight_decay=(0, None), weight_decay_end=(0, None),
-              clip_grad=(0, None), freeze_last_layer=(0, None), log_every=(1, None),
-              knn_every=(0, None), eval_crop=(0.1, 1), checkpoint_minutes=(0, None),
-              checkpoint_steps=(0, None), accumulate=(1, None), loss_chunks=(1, None))
+_RATE, _WIDTH, _REST = (0, 1000), (1, 100_000), (0, 10**9)
+RANGES = dict(
+    batch_size=(1, 10**6), seed=(0, 2**63 - 1), workers=(-1, 1024), accumulate=(1, 10**6),
+    loss_chunks=(1, 10**6), patch_size=(1, 10_000), embed_dim=_WIDTH, depth=(1, 1000),
+    num_heads=(1, 10_000), drop_path_rate=(0, 0.99), out_dim=(2, 10**8), hidden_dim=_WIDTH,
+    bottleneck_dim=_WIDTH, head_layers=(0, 100), predictor=(0, 100_000), student_temp=(1e-3, 100),
+    warmup_teacher_temp=(1e-3, 100), teacher_temp=(1e-3, 100), teacher_momentum=(0, 1),
+    teacher_momentum_end=(0, 1), center_momentum=(0, 1), epochs=(1e-9, 10**6),
+    warmup_epochs=(0, 10**6), warmup_teacher_temp_epochs=(0, 10**6), freeze_last_layer=(0, 10**6),
+    lr=_RATE, min_lr=_RATE, weight_decay=_RATE, weight_decay_end=_RATE, clip_grad=_REST,
+    log_every=(1, 10**9), knn_every=_REST, checkpoint_minutes=_REST, checkpoint_steps=_REST,
+    eval_crop=(0.1, 1))
 CHOICES = dict(pos_embed_rule=('published', 'timm'), optimizer=('adamw', 'sgd', 'lars'),
                teacher_rule=RULES, target=TARGETS, loss=KINDS,
                activation=tuple(ACTIVATIONS), on_collapse=('warn', 'stop'),
                cache=('none', 'device'), device=('auto', 'cpu', 'cuda', 'mps'),
                precision=('auto', 'bfloat16', 'float16', 'float32', 'float64'))
+
+def _check_setting(name, value):
+    "Raise a ValueError if the value of a single setting is none that it may have."
+    if name in RANGES and value is not None: check_range(name, value, *RANGES[name])
+    if name in CHOICES: check_choice(name, value, CHOICES[name])
+    if name == 'data' and not str(value).strip():
+        raise ValueError('data is empty; it must name a folder, a list or shards of images.')
 
 # %% ../nbs/19_settings.ipynb #49d27781
 @dataclass(kw_only=True)
@@ -136,9 +146,7 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
 
     def __post_init__(self):
         super().__post_init__()
-        for name, (low, high) in RANGES.items(): check_range(name, getattr(self, name), low, high)
-        for name, choices in CHOICES.items(): check_choice(name, getattr(self, name), choices)
-        check_range('epochs', self.epochs, 1e-9)
+        for name, value in vars(self).items(): _check_setting(name, value)
         if self.fsdp and self.optimizer != 'adamw':
             raise ValueError(f'fsdp does not work with {self.optimizer}; use optimizer adamw.')
         for name in ('warmup_epochs', 'warmup_teacher_temp_epochs', 'freeze_last_layer'):
@@ -184,7 +192,8 @@ def setting_docs() -> dict[str, dict[str, str]]: # topic -> setting -> explanati
     groups = {}
     for group in reversed(TrainConfig.__mro__[:-1]):
         docs, names = docments(group), group.__dict__.get('__annotations__', {})
-        groups[group.__doc__] = {name: ' '.join((docs[name] or '').split()) for name in names}
+        topic = group.__doc__.rstrip('.')
+        groups[topic] = {name: ' '.join((docs[name] or '').split()) for name in names}
     return groups
 
 # %% ../nbs/19_settings.ipynb #1080c62d
@@ -197,7 +206,7 @@ def _flag_type(annotation) -> dict:
     return dict(type=next(kind for kind in kinds if kind is not types.NoneType))
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message): raise ValueError(f'{message}.')
+    def error(self, message): raise ValueError(f'{shown(message, 200)}.')
 
 # %% ../nbs/19_settings.ipynb #17a44c9f
 def settings_parser() -> argparse.ArgumentParser: # flags without defaults
@@ -219,16 +228,21 @@ def settings_parser() -> argparse.ArgumentParser: # flags without defaults
 # %% ../nbs/19_settings.ipynb #832be1af
 def typed_settings(argv: list[str] | None = None # words of the command line; None: sys.argv
                   ) -> dict:                     # setting -> value
-    "Return the settings that a command line names, and no others."
+    "Return the settings that a command line names, each checked by itself, and no others."
     parser = settings_parser()
     typed, unknown = parser.parse_known_args(argv)
     flags = [option for action in parser._actions for option in action.option_strings]
-    for word in unknown: check_choice('setting', word.split('=')[0], flags)
-    for name, value in vars(typed).items():
+    for word in unknown:
+        if word.startswith('-'): check_choice('setting', word.split('=')[0], flags)
+        raise ValueError(f'{shown(word)} belongs to no setting; write --NAME VALUE.')
+    typed = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in vars(typed).items()}
+    for name, value in typed.items():
         for x in value if isinstance(value, list) else [value]:
             if isinstance(x, float) and not math.isfinite(x):
                 raise ValueError(f'{name} is {x}; it must be a finite number.')
-    return {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in vars(typed).items()}
+        _check_setting(name, value)
+    ViewSettings(**{f.name: typed[f.name] for f in fields(ViewSettings) if f.name in typed})
+    return typed
 
 # %% ../nbs/19_settings.ipynb #01943fef
 def config_record(config: TrainConfig # settings of a run

@@ -174,7 +174,7 @@ def describe(config: TrainConfig # settings of a run
     lines = []
     for topic, names in setting_docs().items():
         values = [f'{name} {getattr(config, name)}' for name in names]
-        lines.append(textwrap.fill(f'{topic.rstrip(".")}: {", ".join(values)}', 98,
+        lines.append(textwrap.fill(f'{topic}: {", ".join(values)}', 98,
                                    subsequent_indent='  '))
     return '\n'.join(lines)
 
