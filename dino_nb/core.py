@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['shown', 'check_range', 'check_choice', 'counted', 'listed', 'progress', 'default_of', 'regular_file', 'generator',
-           'set_seed', 'default_device', 'default_dtype', 'to_device', 'autocast', 'to_display', 'show_images']
+           'set_seed', 'default_device', 'default_dtype', 'free_memory', 'to_device', 'autocast', 'to_display',
+           'show_images']
 
 # %% ../nbs/00_core.ipynb #0f37d7c1
 import difflib
@@ -13,6 +14,7 @@ import hashlib
 import inspect
 import os
 import random
+import re
 import shutil
 import stat
 import sys
@@ -159,6 +161,21 @@ def default_dtype(device: torch.device, # where the model runs
     if device.type == 'cuda': fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else: fast = device.type == 'cpu' and _cpu_has_bf16()
     return torch.bfloat16 if fast else torch.float32
+
+# %% ../nbs/00_core.ipynb #ed222d23
+_LIMITS = {'/proc/meminfo': r'MemAvailable: *(\d+)', '/sys/fs/cgroup/memory.max': r'(\d+)',
+           '/sys/fs/cgroup/memory/memory.limit_in_bytes': r'(\d+)'}
+
+def free_memory(device: torch.device # where it is wanted
+               ) -> int:             # bytes
+    "Return how much memory a device, or this machine or container, has to give."
+    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
+    found = [os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')]
+    for path, pattern in _LIMITS.items():
+        if not os.path.exists(path): continue
+        with open(path) as file: number = re.search(pattern, file.read())
+        if number: found.append(int(number[1]) * (1024 if path == '/proc/meminfo' else 1))
+    return min(found)
 
 # %% ../nbs/00_core.ipynb #7f6a78c1
 def to_device(tensor: torch.Tensor, # on the CPU

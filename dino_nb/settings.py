@@ -115,7 +115,7 @@ class RunSettings:
 _RATE, _WIDTH, _REST = (0, 1000), (1, 100_000), (0, 10**9)
 RANGES = dict(
     batch_size=(1, 10**6), seed=(0, 2**63 - 1), workers=(-1, 1024), accumulate=(1, 10**6),
-    loss_chunks=(1, 10**6), patch_size=(1, 10_000), embed_dim=_WIDTH, depth=(1, 1000),
+    loss_chunks=(1, 10**6), patch_size=(1, 10_000), embed_dim=_WIDTH, depth=(1, 256),
     num_heads=(1, 10_000), drop_path_rate=(0, 0.99), out_dim=(2, 10**8), hidden_dim=_WIDTH,
     bottleneck_dim=_WIDTH, head_layers=(0, 100), predictor=(0, 100_000), student_temp=(1e-3, 100),
     warmup_teacher_temp=(1e-3, 100), teacher_temp=(1e-3, 100), teacher_momentum=(0, 1),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FILES', 'RESTARTS', 'open_data', 'run_folder', 'check_folder', 'clear_folder', 'knn_top1', 'baselines',
            'attention_views', 'attention_scores', 'describe', 'say', 'draw', 'summarize', 'result_lines', 'sentences',
-           'quiet_if_others_die', 'check_device', 'names_recipe', 'choose_settings', 'prepare', 'resume', 'train',
-           'publish', 'announce', 'main']
+           'quiet_if_others_die', 'check_device', 'names_recipe', 'choose_settings', 'memory_needs', 'check_memory',
+           'prepare', 'resume', 'train', 'publish', 'announce', 'main']
 
 # %% ../nbs/90_train.ipynb #7c167a79
 if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in globals():
@@ -37,6 +37,7 @@ from .augment import ViewSettings
 from .checkpoint import (FellBack, load_checkpoint, plot_curves, set_aside,
                                 write_text)
 from .collapse import USUAL_RATES, check_config, suggest_recipe
+from .core import free_memory
 from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
                           probe_split)
 from .dist import (World, close_dist, gather_list, init_dist, on_rank0,
@@ -308,6 +309,35 @@ def choose_settings(typed: dict,   # what the user typed
     told = {n: why for n, why in reasons.items() if n not in typed and n != 'batch_size'}
     return make_config(**chosen | typed), told
 
+# %% ../nbs/90_train.ipynb #887ab6c2
+def memory_needs(config: TrainConfig,   # settings of a run
+                 world: World = World() # this process among all
+                ) -> dict[str, float]:  # settings that decide -> bytes
+    "Return the least memory that one process of a run takes, without taking it."
+    with torch.device('meta'): student = build_student(config)
+    copies = 3 + (2 if config.optimizer == 'adamw' else 1)  # student, teacher, gradients, moments
+    copies *= 8 if config.precision == 'float64' else 4     # bytes
+    if config.fsdp: copies /= world.size
+    backbone, head = (copies * sum(param.numel() for param in network.parameters())
+                      for network in (student.backbone, student.head))
+    pixels = [(config.n_local if views.start else 2) * h * w
+              for views, (h, w) in config.resolutions()]
+    images, logits = config.batch_size / world.size, (4 + config.n_local) * config.out_dim
+    return {'the backbone, embed_dim, depth or global_size': backbone,
+            'out_dim, hidden_dim, bottleneck_dim, head_layers or predictor': head,
+            'batch_size, global_size, local_size or n_local': images * sum(pixels) * 3 * 4,
+            'batch_size, out_dim or n_local': images / config.accumulate * logits * 2}
+
+def check_memory(config: TrainConfig,   # settings of a run
+                 world: World = World() # this process among all
+                ):
+    "Raise a ValueError if the settings need more memory than there is."
+    needs, free = memory_needs(config, world), free_memory(world.device)
+    if sum(needs.values()) <= free: return
+    raise ValueError(f'these settings need {sum(needs.values()) / 2**30:,.0f} GiB of memory or '
+                     f'more, and {world.device} has {free / 2**30:,.1f} GiB free; lower '
+                     f'{max(needs, key=needs.get)}.')
+
 # %% ../nbs/90_train.ipynb #84beb6d3
 RESTARTS = 'TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'  # above 0 in later attempts
 
@@ -323,6 +353,7 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     world = init_dist(None if first.device == 'auto' else first.device)
     train, bank, test = open_data(first)
     config, reasons = choose_settings(typed, len(train), world)
+    check_memory(config, world)
     folder = check_folder(config, (*reasons,))
     if config.cache == 'device' and train.images is None: check_cache(train, world.device)
     return Learner(config, train, world), bank, test, folder, reasons

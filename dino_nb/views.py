@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .augment import (ViewParams, ViewSettings, crop_views, crop_views_batched,
                              sample_views)
-from .core import default_of, show_images, to_device
+from .core import default_of, free_memory, show_images, to_device
 from .data import BadImage
 from .photometric import denormalize, photometric_views
 
@@ -110,11 +110,6 @@ def memory_views(images: torch.Tensor,   # (N, 3, H, W) uint8, on the device tha
         yield photometric_views(crops, params), []
 
 # %% ../nbs/05_views.ipynb #c1ebbc64
-def _free_bytes(device):
-    "Memory that is free on a GPU, or that a machine has."
-    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-
 def check_cache(source: Dataset,      # source[i] is a uint8 image (3, H, W), or raises BadImage
                 device: torch.device, # where they are wanted
                 limit: float = 0.5    # largest share of the memory they may take, in (0, 1]
@@ -123,7 +118,7 @@ def check_cache(source: Dataset,      # source[i] is a uint8 image (3, H, W), or
     reader, n = MultiCrop(source, ViewSettings()), len(source)
     looks = [reader.read(n * i // min(n, 100))[0].shape for i in range(min(n, 100))]
     need = 3 * n * max(h for _, h, _ in looks) * max(w for _, _, w in looks)
-    if need > limit * _free_bytes(device):
+    if need > limit * free_memory(device):
         raise ValueError(f'cache is device, but {n:,} images as large as the largest need '
                          f'{need / 2**30:.1f} GiB, more than {limit:.0%} of the memory there; '
                          'use cache none, or smaller images.')
