@@ -37,7 +37,7 @@ from .augment import ViewSettings
 from .checkpoint import (FellBack, load_checkpoint, plot_curves, set_aside,
                                 write_text)
 from .collapse import USUAL_RATES, check_config, suggest_recipe
-from .core import free_memory
+from .core import free_memory, shown
 from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
                           probe_split)
 from .dist import (World, close_dist, gather_list, init_dist, on_rank0,
@@ -256,10 +256,12 @@ def sentences(status: int, # exit status
         rank = int(os.environ.get('RANK', 0))
         if rank: time.sleep(5)  # if rank 0 fails too, it speaks, and torchrun ends all the others
         words = str(error) or 'interrupted'
+        if isinstance(error, OSError) and error.filename is not None:
+            words = f'{shown(error.filename)}: {error.strerror}.'
         if isinstance(error, torch.OutOfMemoryError):
             words = (f'{words.splitlines()[0]} To need less, give --accumulate 2 or more, '
                      '--recompute, a smaller --batch-size or, with several GPUs, --fsdp.')
-        print(f'dino_train: {words}', file=sys.stderr, flush=True)
+        print(f'dino_train: {shown(words, 1000)}', file=sys.stderr, flush=True)
         raise SystemExit(status) from None
 
 # %% ../nbs/90_train.ipynb #9128242c
