@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FORMATS', 'IMAGE_EXTENSIONS', 'SYSTEM_FOLDERS', 'BadImage', 'decode_image', 'holds_run', 'number_labels',
-           'ImageSource', 'open_images', 'open_train', 'find_splits', 'probe_split', 'TooManyBadFiles', 'BadFiles',
-           'check_images']
+           'choose_labels', 'ImageSource', 'open_images', 'open_train', 'find_splits', 'probe_split', 'TooManyBadFiles',
+           'BadFiles', 'check_images']
 
 # %% ../nbs/02_data.ipynb #48ac6fb7
 import csv
@@ -166,6 +166,16 @@ def number_labels(texts: Sequence,                  # N labels, as text or bytes
                          f'ones: {listed(numbers)}.')
     return torch.tensor([numbers[name] for name in names])[rows], list(numbers)
 
+# %% ../nbs/02_data.ipynb #70f8f9fe
+_TRAIN = ('train', 'training', 'trn')
+_TEST = ('val', 'valid', 'validation', 'dev', 'test', 'testing', 'tst', 'eval', 'evaluation')
+
+def _splits_among(names: Sequence[str]) -> list[str]:
+    "Return the name of the folder to train on and the one to test on, or none."
+    known = {name.lower(): name for name in sorted(names)}  # of Train and train, train
+    found = [[known[name] for name in usual if name in known] for usual in (_TRAIN, _TEST)]
+    return [found[0][0], found[1][0]] if all(found) else []
+
 def _folder_classes(names: list[str], known: bool = False) -> tuple[list[str] | None, str]:
     "Return the first-level folder of every image, or None where these are no classes; a note."
     folders = [name.partition(os.sep)[0] if os.sep in name else '' for name in names]
@@ -174,12 +184,30 @@ def _folder_classes(names: list[str], known: bool = False) -> tuple[list[str] | 
     if '' in found:
         strays = [name for name, folder in zip(names, folders) if not folder]
         return None, f'no classes, for images lie beside the folders: {listed(strays)}'
+    if splits := _splits_among(found):
+        return None, f'no classes: {listed(splits)} are parts of a dataset, and all are taken'
     if len(found) == 1 and not known:
         more = '; open that folder itself to take its folders as classes' if len(deeper) > 1 else ''
         return None, f'no classes: all images lie in one folder, {shown(found[0])}{more}'
     below = len(deeper - set(found))
     more = f'; the {counted(below, "folder")} below them are not told apart' if below else ''
     return folders, f'{counted(len(found), "class")} by folder: {listed(found)}{more}'
+
+# %% ../nbs/02_data.ipynb #c1445f56
+def choose_labels(names: list[str],                # N paths of images
+                  texts: list[str],                # N labels, '' where there is none
+                  classes: list[str] | None = None # the known ones; None: those that occur
+                 ) -> tuple:                       # labels (N,) int64 or None, classes, notes
+    "Return the labels of images: those they have, or else their first-level folders."
+    if missing := texts.count(''):
+        note = [f'no classes: {missing:,} of {counted(len(texts), "label")} are missing']
+        if missing < len(texts): return None, None, note
+        texts, note = _folder_classes(names, known=classes is not None)
+        if texts is None: return None, None, [note] if note else []
+        return *number_labels(texts, classes or sorted(set(texts))), [note]
+    labels, classes = number_labels(texts, classes)
+    found = classes or labels.unique().tolist()
+    return labels, classes, [f'{counted(len(found), "class")} by label: {listed(found)}']
 
 # %% ../nbs/02_data.ipynb #bb205060
 class _Files:
@@ -234,9 +262,9 @@ class ImageSource(Dataset):
 
     def __repr__(self):
         place = 'files' if self.images is None else 'in memory'
-        if self.groups is not None: place = f'{len(self.groups.unique())} shards'
-        labels = 'no labels' if self.labels is None else f'{len(self.labels.unique())} classes'
-        return f'ImageSource({len(self):,} images, {place}, {labels})'
+        if self.groups is not None: place = counted(len(self.groups.unique()), 'shard')
+        labels = 'no labels' if self.labels is None else counted(len(self.labels.unique()), 'class')
+        return f'ImageSource({counted(len(self), "image")}, {place}, {labels})'
 
     def name(self, i: int) -> str: # index, 0 to N - 1
         "Return the name of an image; for files, the path below the folder."
@@ -341,18 +369,6 @@ def _check_path(path: Path):
     raise ValueError(f'{name} is neither a folder nor a list of images ({", ".join(_TABLES)})'
                      f'{_advice([suffix], shown(path.parent))}.')
 
-def _labels(names: list[str], texts: list[str], classes: list[str] | None) -> tuple:
-    "Return labels, classes and notes, from the labels of a list or else from the folders."
-    if missing := texts.count(''):
-        note = [f'no classes: {missing:,} of {len(texts):,} images have no label']
-        if missing < len(texts): return None, None, note
-        texts, note = _folder_classes(names, known=classes is not None)
-        if texts is None: return None, None, [note] if note else []
-        return *number_labels(texts, classes or sorted(set(texts))), [note]
-    labels, classes = number_labels(texts, classes)
-    found = classes or labels.unique().tolist()
-    return labels, classes, [f'{counted(len(found), "class")} by label: {listed(found)}']
-
 # %% ../nbs/02_data.ipynb #1221f05b
 def _open_path(path: Path, labelled: bool, classes: list[str] | None) -> ImageSource:
     "Open a folder or a list of files."
@@ -367,7 +383,8 @@ def _open_path(path: Path, labelled: bool, classes: list[str] | None) -> ImageSo
         found = {Path(name).suffix.lower() for name in os.listdir(root)} if root == path else ()
         raise ValueError(f'{shown(path)} holds no images{"".join(f" ({note})" for note in notes)}; '
                          f'looked for {" ".join(IMAGE_EXTENSIONS)}{_advice(found, shown(path))}.')
-    labels, classes, more = _labels(names, texts, classes) if labelled else (None, None, [])
+    labels, classes, more = (choose_labels(names, texts, classes) if labelled
+                             else (None, None, []))
     names = np.array(list(map(os.fsencode, names)))
     return ImageSource(_Files(root, names), names, labels, classes, notes=more + notes)
 
@@ -396,18 +413,12 @@ def _open_dataset(dataset) -> ImageSource:
     return ImageSource(items, names, _labels_of(dataset), getattr(dataset, 'classes', None))
 
 # %% ../nbs/02_data.ipynb #295daa0e
-_TRAIN = ('train', 'training', 'trn')
-_TEST = ('val', 'valid', 'validation', 'dev', 'test', 'testing', 'tst', 'eval', 'evaluation')
+def _split_folders(path: Path) -> list[Path]:
+    "Return the train and the val or test folder of a dataset, or none."
+    names = [entry.name for entry in _scan(path)[0]] if path.is_dir() else []
+    return [path/name for name in _splits_among(names)]
 
-def _split_folders(path: Path) -> tuple[Path, Path] | None:
-    "Return the train and the val or test folder of a dataset, if it has both."
-    if not path.is_dir(): return None
-    names = sorted(entry.name for entry in _scan(path)[0])
-    folders = {name.lower(): path/name for name in names}  # of Train and train, train
-    found = [[folders[name] for name in usual if name in folders] for usual in (_TRAIN, _TEST)]
-    return (found[0][0], found[1][0]) if all(found) else None
-
-def _beside(path: Path, splits: tuple[Path, Path]) -> list[str]:
+def _beside(path: Path, splits: list[Path]) -> list[str]:
     "Return a note on the folders and images that lie beside the two that are taken."
     folders, files = _scan(path)
     found = [entry.name for entry in folders if path/entry.name not in splits
@@ -437,8 +448,8 @@ def open_train(source           # as in open_images
               ) -> tuple[ImageSource, Path | None]: # images; the folder to test on, not yet opened
     "Open a folder's train images; without train and test folders, (all images, None)."
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
-    splits = _split_folders(path) if path else None
-    if splits is None: return open_images(source), None
+    splits = _split_folders(path) if path else []
+    if not splits: return open_images(source), None
     train = open_images(splits[0])
     train.notes[:0] = [f'trained on {splits[0].name}, judged on {splits[1].name}',
                        *_beside(path, splits)]

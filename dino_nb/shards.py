@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from glob import glob
@@ -21,8 +22,9 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from .core import check_range, generator, regular_file
-from .data import IMAGE_EXTENSIONS, ImageSource, decode_image
+from .core import check_range, generator, listed, progress, regular_file
+from .data import (IMAGE_EXTENSIONS, SYSTEM_FOLDERS, ImageSource, choose_labels,
+                          decode_image)
 
 # %% ../nbs/06_shards.ipynb #507d3786
 def _key(name: str) -> tuple[str, str]:
@@ -31,61 +33,90 @@ def _key(name: str) -> tuple[str, str]:
     key, _, kind = base.partition('.')
     return f'{folder}/{key}' if folder else key, kind.lower()
 
-def _label(shard: tarfile.TarFile, parts: dict) -> int:
-    "Return the label that a sample's cls or json member holds, or -1."
+def _label(shard: tarfile.TarFile, parts: dict) -> str:
+    "Return the label that a sample's cls or json member holds, or ''."
     read = lambda kind: shard.extractfile(parts[kind]).read()
     try:
-        if 'cls' in parts: return int(read('cls'))
-        record = json.loads(read('json')) if 'json' in parts else {}
-        return int(record.get('label', record.get('cls', -1)))
-    except (ValueError, TypeError, AttributeError): return -1
+        record = json.loads(read('json')) if 'json' in parts and 'cls' not in parts else {}
+        label = record.get('label', record.get('cls', ''))
+    except (ValueError, AttributeError, RecursionError): return ''  # it is no record
+    if 'cls' in parts: label = os.fsdecode(read('cls'))
+    if isinstance(label, float) and label.is_integer(): label = int(label)
+    is_one = isinstance(label, (str, int, float)) and not isinstance(label, bool)
+    return str(label).strip()[:100] if is_one and str(label).strip() != '-1' else ''
+
+_KINDS = tuple(extension[1:] for extension in IMAGE_EXTENSIONS)
+
+def _images(parts: dict) -> list[str]:
+    "Return which members of a sample are images: its jpg, or else those with dots before it."
+    return ([kind for kind in parts if kind in _KINDS][:1]
+            or [kind for kind in parts if kind.rpartition('.')[2] in _KINDS])
 
 # %% ../nbs/06_shards.ipynb #5b5c1c7a
 class BadShard(ValueError):
     "A tar that cannot be used: which one, and why."
 
-_KINDS = tuple(extension[1:] for extension in IMAGE_EXTENSIONS)
-
-def _index_shard(path: str) -> list[tuple[str, int, int, int]]:
-    "Return (member's name, offset, size, label) of every image in a tar."
+def _samples(shard: tarfile.TarFile) -> dict[str, dict]:
+    "Return key -> kind -> member of the files in a tar, without hidden ones."
     samples = {}
+    for member in shard:
+        key, kind = _key(member.name)
+        ours = not any(part.lower() in SYSTEM_FOLDERS for part in key.split('/')[:-1])
+        if member.isreg() and ours and not key.endswith('/') and key:
+            samples.setdefault(key, {})[kind] = member
+    return samples
+
+def _index_shard(path: str) -> tuple[list[tuple], Counter]:
+    "Return (name, offset, size, label) of every image in a tar, and counts of what is left out."
+    rows, others = [], Counter()
     try:
         with tarfile.open(regular_file(path), 'r:') as shard:
-            for member in shard:
-                key, kind = _key(member.name)
-                if member.isreg() and not key.endswith('/') and key:
-                    samples.setdefault(key, {})[kind] = member
-            images = [(next((parts[kind] for kind in parts if kind in _KINDS), None),
-                       _label(shard, parts)) for parts in samples.values()]
+            for parts in _samples(shard).values():
+                images = _images(parts)
+                label = _label(shard, parts) if images else ''
+                rows += [(parts[kind].name, parts[kind].offset_data, parts[kind].size, label)
+                         for kind in images]
+                others['second images of a sample'] += sum(
+                    kind.rpartition('.')[2] in _KINDS for kind in parts) - len(images)
+                if not images: others.update('.' + kind.rpartition('.')[2] for kind in parts)
             shard.fileobj.seek(shard.offset)
             if shard.fileobj.read(512) != bytes(512): raise tarfile.TarError('cut short or damaged')
     except tarfile.TarError as error: raise BadShard(f'{path} ({error})') from None
     except OSError as error: raise BadShard(f'{path} ({error.strerror})') from None
-    rows = [(image.name, image.offset_data, image.size, label) for image, label in images if image]
     if not rows: raise BadShard(f'{path} (no member is named like 00001.jpg)')
-    return rows
+    return rows, +others
 
 # %% ../nbs/06_shards.ipynb #474b3817
 def _index_shards(paths: list[str]) -> dict[str, np.ndarray]:
-    "Return name, shard, offset, size and label of every image in some tars, one array each."
+    "Return name, shard, offset, size and label of every image in some tars; classes and notes."
     def attempt(path):
         try: return _index_shard(path)
         except BadShard as error: return error
-    with ThreadPoolExecutor(8) as pool: found = list(pool.map(attempt, paths))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(progress(pool.map(attempt, paths), len(paths), 'shards indexed'))
     if bad := [str(rows) for rows in found if isinstance(rows, BadShard)]:
         few = '; '.join(bad[:3]) + (' ...' if len(bad) > 3 else '.')
         raise BadShard(f'{len(bad)} of {len(paths)} shards cannot be used: {few}')
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    rows = [(os.fsencode(f'{os.path.relpath(path, root)}/{name}'), number, *numbers)
-            for number, (path, rows) in enumerate(zip(paths, found)) for name, *numbers in rows]
-    kinds = dict(name=None, shard=np.int32, offset=np.int64, size=np.int64, label=np.int64)
-    return {key: np.array(column, kind) for (key, kind), column in zip(kinds.items(), zip(*rows))}
+    members = [(f'{os.path.relpath(path, root)}/', number, *row)
+               for number, (path, (rows, _)) in enumerate(zip(paths, found)) for row in rows]
+    tar, number, name, offset, size, label = map(list, zip(*members))
+    labels, classes, notes = choose_labels(list(map(os.path.normpath, name)), label)
+    others = sum((count for _, count in found), Counter())
+    kinds = listed((f'{n:,} {kind}' for kind, n in others.most_common()), 4)
+    if kinds: notes = notes + [f'left out: {kinds}']
+    return dict(name=np.array([os.fsencode(a + b) for a, b in zip(tar, name)]),
+                shard=np.array(number, np.int32),
+                offset=np.array(offset, np.int64), size=np.array(size, np.int64),
+                label=np.full(len(name), -1) if labels is None else labels.numpy(),
+                classes=np.array([os.fsencode(word) for word in classes or ()], bytes),
+                notes=np.array(notes, str))
 
 # %% ../nbs/06_shards.ipynb #6eb0a907
 def _cache_file(paths: list[str]) -> Path:
     "Return where the index of these shards is kept, as they are now."
     stamps = [(path, (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in paths]
-    digest = hashlib.blake2b(repr(stamps).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(repr((2, stamps)).encode(), digest_size=8).hexdigest()
     return Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()/'dino_nb'/f'{digest}.npz'
 
 def _kept_index(paths: list[str]) -> dict[str, np.ndarray]:
@@ -154,7 +185,8 @@ def open_shards(pattern: str | Path # path of tars, with {000..099}, {a,b}, * or
     labels = torch.from_numpy(index['label'])
     return ImageSource(_Members(paths, index), index['name'],
                        labels if labels.min() >= 0 else None,
-                       groups=torch.from_numpy(index['shard']).long())
+                       list(map(os.fsdecode, index['classes'].tolist())) or None,
+                       torch.from_numpy(index['shard']).long(), index['notes'].tolist())
 
 # %% ../nbs/06_shards.ipynb #68754321
 def random_order(n_images: int, # at least 1
