@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from .core import check_range, generator, listed, progress, regular_file
-from .data import (IMAGE_EXTENSIONS, SYSTEM_FOLDERS, ImageSource, choose_labels,
-                          decode_image)
+from .data import (IMAGE_EXTENSIONS, SYSTEM_FOLDERS, ImageFiles, ImageSource,
+                          choose_labels)
 
 # %% ../nbs/06_shards.ipynb #507d3786
 def _key(name: str) -> tuple[str, str]:
@@ -135,7 +135,7 @@ def _kept_index(paths: list[str]) -> dict[str, np.ndarray]:
 @lru_cache(64)
 def _opened(path: str, changed: int): return open(regular_file(path), 'rb')
 
-class _Members:
+class _Members(ImageFiles):
     "Images inside of tars, decoded when asked for."
     def __init__(self, paths, index):
         self.paths, self.changed = paths, [os.stat(path).st_mtime_ns for path in paths]
@@ -144,8 +144,7 @@ class _Members:
 
     def __len__(self): return len(self.size)
 
-    def __getitem__(self, i):
-        return decode_image(io.BytesIO(self.read(i)), os.fsdecode(self.names[i]))
+    def open(self, i): return io.BytesIO(self.read(i)), os.fsdecode(self.names[i])
 
     def read(self, i: int) -> bytes: # of the file, as it was packed
         "Return an image's file."

@@ -1,12 +1,17 @@
 "Pictures as people have them: what is opened, what it looks like, and what is said about the rest."
+import io
 import os
+import re
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
 from dino_nb.data import BadImage, IMAGE_EXTENSIONS, decode_image, open_images
 from dino_nb.shards import BadShard, open_shards
@@ -55,6 +60,145 @@ def test_every_listed_suffix_can_be_read(tmp_path, suffix):
     if kind not in Image.SAVE: pytest.skip(f'this PIL reads {kind} but cannot write it')
     Image.new('RGB', (32, 32), (200, 100, 50)).save(tmp_path/f'a{suffix}', kind)
     source = open_images(tmp_path)
-    assert len(source) == 1
-    assert (source[0][:, 16, 16].int() - decode_image(tmp_path/f'a{suffix}')[:, 0, 0].int()).abs().max() < 9
-    assert abs(int(source[0][0, 16, 16]) - 200) < 9
+    assert len(source) == 1 and source[0].shape == (3, 32, 32)
+    assert (source[0][:, 16, 16] - torch.tensor([200, 100, 50])).abs().max() < 9
+
+
+def scene(height=48, width=64):
+    "Four quadrants: red, green, blue, white"
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[:height // 2, :width // 2] = 220, 30, 30
+    picture[:height // 2, width // 2:] = 30, 200, 40
+    picture[height // 2:, :width // 2] = 40, 50, 210
+    picture[height // 2:, width // 2:] = 240, 240, 240
+    return picture
+
+
+def exif(*entries, more=b''):
+    "An EXIF segment with these tags: (number, type, count, four bytes)"
+    tags = b''.join(struct.pack('<HHI', *entry[:3]) + entry[3] for entry in entries)
+    return (b'Exif\0\0II*\0' + struct.pack('<IH', 8, len(entries)) + tags + bytes(4) + more)
+
+
+ORIENTATION = [(0x0112, 3, 1, struct.pack('<HH', held, 0)) for held in range(9)]
+NONSENSE = {
+    'width is text': (0x0100, 2, 5, struct.pack('<I', 62)),
+    'maker is a number': (0x010F, 4, 1, struct.pack('<I', 7)),
+    'resolution is a short': (0x011A, 3, 1, struct.pack('<HH', 72, 0)),
+    'a rational far away': (0x011A, 5, 1, struct.pack('<I', 10**9)),
+    'a type that is none': (0x0131, 99, 1, bytes(4)),
+    'a table far away': (0x8769, 4, 1, struct.pack('<I', 10**9)),
+    'a table that is itself': (0x8769, 4, 1, struct.pack('<I', 8)),
+    'a count beyond all': (0x0132, 2, 2**31, struct.pack('<I', 8))}
+
+
+def saved(path, tags, **how):
+    "A JPEG with these bytes as its EXIF segment, right or wrong"
+    out = io.BytesIO(); Image.fromarray(scene()).save(out, 'JPEG', quality=95, subsampling=0, **how)
+    raw = out.getvalue()
+    path.write_bytes(raw[:2] + b'\xff\xe1' + struct.pack('>H', len(tags) + 2) + tags + raw[2:])
+    return path
+
+
+@pytest.mark.parametrize('what', NONSENSE)
+def test_a_nonsense_tag_does_not_lose_the_picture(tmp_path, what):
+    stored = decode_image(saved(tmp_path/'stored.jpg', b'Exif\0\0'))
+    tags = sorted([ORIENTATION[6], NONSENSE[what]])
+    image = decode_image(saved(tmp_path/'a.jpg', exif(*tags, more=b'wide\0' + bytes(16))))
+    assert torch.equal(image, stored.flip(1).transpose(1, 2))   # a quarter turn, clockwise
+
+
+def test_every_orientation_is_as_pil_turns_it(tmp_path):
+    for held in range(9):
+        path = saved(tmp_path/'a.jpg', exif(ORIENTATION[held]))
+        theirs = np.array(ImageOps.exif_transpose(Image.open(path)))
+        assert torch.equal(decode_image(path), torch.from_numpy(theirs).permute(2, 0, 1))
+        for name in ('a.png', 'a.tif', 'a.webp'):        # where the tag is stored in other ways
+            tag = Image.Exif(); tag[0x0112] = held
+            Image.fromarray(scene()).save(tmp_path/name, exif=tag, lossless=True)
+            theirs = np.array(ImageOps.exif_transpose(Image.open(tmp_path/name)).convert('RGB'))
+            theirs = torch.from_numpy(theirs).permute(2, 0, 1)
+            assert torch.equal(decode_image(tmp_path/name), theirs)
+    for tags in (b'Exif\0\0' + bytes(range(40)), exif(ORIENTATION[6])[:-9], b'Exif\0\0MM'):
+        assert decode_image(saved(tmp_path/'a.jpg', tags)).shape in ((3, 48, 64), (3, 64, 48))
+
+
+def tiff(path, bands, photometric=1, planar=1, extra=None):
+    "Write (H, W, C) samples as a TIFF without compression, one strip per plane"
+    height, width, n = bands.shape
+    planes = [bands] if planar == 1 else [bands[..., i] for i in range(n)]
+    planes = [np.ascontiguousarray(plane).tobytes() for plane in planes]
+    tags = {256: (4, [width]), 257: (4, [height]), 258: (3, [8 * bands.itemsize] * n),
+            259: (3, [1]), 262: (3, [photometric]), 273: (4, planes), 277: (3, [n]),
+            278: (4, [height]),
+            279: (4, [len(plane) for plane in planes]), 284: (3, [planar])}
+    if extra is not None: tags[338] = 3, [extra] * (n - (3 if photometric == 2 else 1))
+    at, head, data = 8 + 2 + 12 * len(tags) + 4, b'', b''
+    pixels_at = at + 4 * 64                      # room for values that do not fit in a tag
+    starts = np.cumsum([pixels_at] + [len(plane) for plane in planes])[:-1].tolist()
+    for number, (kind, values) in sorted(tags.items()):
+        values = starts if number == 273 else values
+        packed = struct.pack(f'<{len(values)}{"HI"[kind == 4]}', *values)
+        if len(packed) > 4: field, data = struct.pack('<I', at + len(data)), data + packed
+        else: field = packed.ljust(4, b'\0')
+        head += struct.pack('<HHI', number, kind, len(values)) + field
+    path.write_bytes(b'II*\0' + struct.pack('<IH', 8, len(tags)) + head + bytes(4)
+                     + data.ljust(4 * 64, b'\0') + b''.join(planes))
+    return path
+
+
+def test_a_tiff_that_is_not_read_says_what_it_holds(tmp_path):
+    path, eight = tmp_path/'a.tif', np.dstack([scene(), np.full((48, 64), 7, np.uint8)])
+    deep, whole = eight.astype(np.uint16) * 40, scene().astype(np.uint16) * 257
+    as_stored = torch.from_numpy(scene()).permute(2, 0, 1)
+    assert torch.equal(decode_image(tiff(path, eight, photometric=2, extra=0)), as_stored)
+    assert torch.equal(decode_image(tiff(path, whole, photometric=2)), as_stored)
+    for bands, how, words in ((deep[..., :2], dict(extra=0), '2 channels of 16 bits'),
+                              (eight, dict(extra=0), '4 channels of 8 bits'),
+                              (deep[..., :1].repeat(13, 2), {}, '13 channels of 16 bits'),
+                              (eight, dict(photometric=2, extra=0, planar=2), '4 channels of 8'),
+                              (deep, dict(photometric=2, extra=0), '4 channels of 16 bits')):
+        assert words in reason(tiff(path, bands, **how)), words
+        assert 'format' not in reason(path)
+
+
+@pytest.mark.parametrize('top, kind', [(4095, np.uint16), (10000, np.uint16), (70000, np.int32)])
+def test_a_picture_is_never_almost_black_without_a_word(tmp_path, top, kind):
+    ramp = np.linspace(0, top, 64).astype(kind)[None].repeat(32, 0)
+    Image.fromarray(ramp).save(tmp_path/'a.tif')
+    assert f'go from 0 to {top}' in reason(tmp_path/'a.tif')
+    low, high = re.search(r'--value-range (\d+) (\d+)', reason(tmp_path/'a.tif')).groups()
+    image = decode_image(tmp_path/'a.tif', value_range=(float(low), float(high)))
+    assert image[0, :, 0].max() == 0 and image[0, :, -1].min() > 128   # as the sentence says
+    image = decode_image(tmp_path/'a.tif', value_range=(0, top))
+    levels = torch.from_numpy((ramp * (256 / (top + 1))).astype(np.uint8))
+    assert (image - levels).abs().max() == 0
+
+
+def test_full_sixteen_bits_are_as_they_were(tmp_path):
+    values = np.arange(2**16, dtype=np.uint16).reshape(256, 256)
+    for name in ('a.png', 'a.tif'):
+        Image.fromarray(values).save(tmp_path/name)
+        for how in ({}, dict(value_range=(0, 65535))):
+            expected = torch.from_numpy((values >> 8).astype(np.uint8)).expand(3, -1, -1)
+            assert torch.equal(decode_image(tmp_path/name, **how), expected)
+
+
+def test_transparent_parts_are_white_and_the_others_exact(tmp_path):
+    alpha = np.dstack([scene(), np.full((48, 64), 255, np.uint8)])
+    alpha[:24, :32, 3] = 0
+    expected = torch.from_numpy(scene()).permute(2, 0, 1).clone(); expected[:, :24, :32] = 255
+    Image.fromarray(alpha).save(tmp_path/'a.png'); Image.fromarray(alpha).save(tmp_path/'a.tif')
+    Image.fromarray(alpha).save(tmp_path/'a.webp', lossless=True)
+    Image.fromarray(scene()).save(tmp_path/'key.png', transparency=(220, 30, 30))
+    for name in ('a.png', 'a.tif', 'a.webp', 'key.png'):
+        assert torch.equal(decode_image(tmp_path/name), expected), name
+    opaque = np.dstack([scene(), np.full((48, 64), 255, np.uint8)])
+    Image.fromarray(opaque).save(tmp_path/'b.png')
+    assert torch.equal(decode_image(tmp_path/'b.png'), torch.from_numpy(scene()).permute(2, 0, 1))
+
+
+def test_the_limit_of_pixels_is_said_in_our_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1_000_000)
+    Image.new('L', (2000, 1100)).save(tmp_path/'a.png')
+    assert reason(tmp_path/'a.png').startswith('it has more than 2 megapixels; shrink it, cut it')
