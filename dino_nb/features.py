@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from .core import autocast, check_range, default_dtype
 from .data import BadFiles, BadImage, ImageSource
 from .photometric import normalize
+from .views import read_ahead
 
 # %% ../nbs/30_features.ipynb #d9f4927e
 def _covering_shape(height, width, h, w):
@@ -50,30 +50,24 @@ def eval_views(images: torch.Tensor | Sequence[torch.Tensor], # uint8 (B, 3, H, 
     return _normalized(torch.stack([_center_view(image, size, crop_ratio) for image in images]))
 
 # %% ../nbs/30_features.ipynb #28974beb
-class _Batches(Dataset):
-    "Batch b of a source: rows that could be read, their images, and (row, reason) of the others."
-    def __init__(self, source, transform, batch_size):
-        self.source, self.transform, self.batch_size = source, transform, batch_size
-
-    def __len__(self): return -(-len(self.source) // self.batch_size)
-
-    def __getitem__(self, b):
-        rows = range(len(self.source))[b * self.batch_size:(b + 1) * self.batch_size]
-        images = self.source.images
-        if images is not None: return list(rows), self.transform(images[rows.start:rows.stop]), []
-        found, bad = {}, []
-        for i in rows:
-            try: found[i] = self.transform(self.source[i])
-            except BadImage as error: bad.append((i, error.reason))
-        return list(found), torch.stack([*found.values()]) if found else None, bad
+def _read(source, transform, rows):
+    "Return the rows that could be read, their images, and (row, reason) of the others."
+    images = source.images
+    if images is not None: return list(rows), transform(images[rows.start:rows.stop]), []
+    found, bad = {}, []
+    for i in rows:
+        try: found[i] = transform(source[i])
+        except BadImage as error: bad.append((i, error.reason))
+    return list(found), torch.stack([*found.values()]) if found else None, bad
 
 # %% ../nbs/30_features.ipynb #16506879
 def _rows(compute, source, transform, batch_size, n_workers, bad):
     "Return compute(batch) for all images of a source, one float32 row each, in order."
-    loader = DataLoader(_Batches(source, transform, batch_size), batch_size=None,
-                        num_workers=n_workers, generator=torch.Generator())
+    tasks = (range(len(source))[i:i + batch_size] for i in range(0, len(source), batch_size))
+    name = lambda rows: f'{source.name(rows[0])} and {len(rows) - 1} more'
     features = None
-    for rows, batch, unreadable in loader:
+    for rows, batch, unreadable in read_ahead(partial(_read, source, transform), tasks, n_workers,
+                                              name):
         for i, reason in unreadable:
             if bad is None: raise BadImage(source.name(i), reason)
             bad.record(i, reason)
@@ -101,7 +95,7 @@ def extract_features(backbone: nn.Module,   # images (B, 3, h, w) to features (B
                      source: ImageSource,   # N images
                      size: int | tuple[int, int] = 224, # side or (height, width) of views, pixels
                      crop_ratio: float = 0.875, # share of the resized image's side kept, (0, 1]
-                     batch_size: int = 256, # images per forward pass, at least 1
+                     batch_size: int = 64,  # images per forward pass, at least 1
                      n_workers: int = 0,    # processes that decode files; 0: this one
                      dtype: torch.dtype | None = None, # of the products; None: the device's best
                      bad: BadFiles | None = None # takes unreadable images, rows NaN; None: raise
