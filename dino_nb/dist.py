@@ -62,8 +62,8 @@ def _check_meeting_point():
     address, port = os.environ.get('MASTER_ADDR', ''), env_number('MASTER_PORT', 0, 0, 65535)
     try: socket.getaddrinfo(address or None, port)
     except (OSError, UnicodeError): raise ValueError(
-        f'the environment variable MASTER_ADDR is {shown(address)}, which is the name of no machine '
-        'known here.') from None
+        f'the environment variable MASTER_ADDR is {shown(address)}, which is no machine known '
+        'here.') from None
 
 # %% ../nbs/21_dist.ipynb #967d6b46
 def _local_device(device, local_rank, local_size):
