@@ -193,7 +193,7 @@ class StopSignals:
 class Deadline:
     "End a program that was asked to stop and does not, while the context is open."
     def __init__(self,
-                 end,              # called with the exit status, in a thread; has to end the program
+                 end,              # called with the exit status, in a thread; has to end it all
                  heard=None,       # called with the signal's name, at once
                  seconds: float = 10): # from the signal to the end; from a second Ctrl-C 2
         self.end, self.heard, self.seconds = end, heard, seconds
@@ -208,7 +208,8 @@ class Deadline:
     def _watch(self):
         due, status, stops = float('inf'), 0, {getattr(signal, name) for name in STOPPING}
         while time.monotonic() < due:
-            if not select.select(self.pipe[:1], [], [], min(60, due - time.monotonic()))[0]: continue
+            left = min(60, due - time.monotonic())
+            if not select.select(self.pipe[:1], [], [], left)[0]: continue
             if not (number := os.read(self.pipe[0], 1)[0]): return
             if number not in stops: continue
             if due < float('inf') and number == signal.SIGINT:
