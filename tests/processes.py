@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from dino_nb.checkpoint import load_checkpoint
 
@@ -16,7 +15,6 @@ SMALL = ('--depth 1 --embed-dim 64 --num-heads 2 --batch-size 16 --epochs 4 --wa
          '--freeze-last-layer 1 --log-every 3 --knn-every 2 --workers 0 --device cpu').split()
 MODULE = [sys.executable, '-m', 'dino_nb.train']
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-CAN_SPLIT = hasattr(FSDPModule, 'set_force_sum_reduction_for_comms')  # else --fsdp is refused
 
 
 def start(command, cwd, **kwargs):

@@ -11,10 +11,9 @@ import socket
 
 import pytest
 import torch
-from processes import CAN_SPLIT
 
 from dino_nb.data import open_images
-from dino_nb.dist import close_dist, gather_state, init_dist
+from dino_nb.dist import CAN_SPLIT, close_dist, gather_state, init_dist
 from dino_nb.learner import Learner, train_step
 from dino_nb.settings import make_config
 from dino_nb.shapes import Shapes

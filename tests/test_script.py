@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import (CAN_SPLIT, LONG, MODULE, SCRIPT, SMALL, TORCHRUN, carried, run,
+from processes import (LONG, MODULE, SCRIPT, SMALL, TORCHRUN, carried, run,
                        same_run, same_weights, start, wait_for, workers_of)
 from torchvision.transforms.functional import to_pil_image
 
 from dino_nb.checkpoint import load_checkpoint
 from dino_nb.data import open_images, probe_split
+from dino_nb.dist import CAN_SPLIT
 from dino_nb.shapes import Shapes
 
 def test_one_process_and_its_folder(images, tmp_path):
