@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'CAN_SPLIT', 'World', 'env_number', 'init_dist', 'close_dist', 'all_mean_later', 'all_mean', 'all_any',
-           'tell_others', 'hear_others', 'shard', 'gather_rows', 'gather_list', 'on_rank0', 'split_weights',
-           'whole_weights', 'gather_state', 'split_like', 'StepSampler']
+           'norm_statistics', 'share_statistics', 'tell_others', 'hear_others', 'shard', 'gather_rows', 'gather_list',
+           'on_rank0', 'split_weights', 'whole_weights', 'gather_state', 'split_like', 'StepSampler']
 
 # %% ../nbs/21_dist.ipynb #402d46dc
 import copy
@@ -139,6 +139,25 @@ def all_any(flag: bool # of this process
     found = torch.tensor(float(flag))
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
+
+# %% ../nbs/21_dist.ipynb #97f7597c
+def norm_statistics(*networks: nn.Module    # on the device where they run
+                   ) -> list[torch.Tensor]: # (width,) each, as the networks hold them
+    "Return the running means and variances of all batch norms."
+    norms = [m for network in networks for m in network.modules()
+             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    return [values for norm in norms for values in (norm.running_mean, norm.running_var)]
+
+@torch.no_grad()
+def share_statistics(statistics: list[torch.Tensor], # from norm_statistics; changed in place
+                     before: torch.Tensor | None,    # torch.cat of them before the step
+                     skipped: torch.Tensor           # 0-d bool: was the step left out?
+                    ):
+    "Replace running statistics by their means over all processes, or by those before the step."
+    if not statistics: return
+    values = torch.where(skipped, before, all_mean(torch.cat(statistics)))
+    for own, shared in zip(statistics, values.split([len(own) for own in statistics])):
+        own.copy_(shared)
 
 # %% ../nbs/21_dist.ipynb #b561c526
 def _stop_key(): return f'stop {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}'

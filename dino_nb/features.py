@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from .core import autocast, check_range, default_dtype
+from .backbone import network_dtype
+from .core import autocast, check_range
 from .data import BadFiles, BadImage, ImageSource
 from .photometric import normalize
 from .views import read_ahead
@@ -103,7 +104,7 @@ def extract_features(backbone: nn.Module,   # images (B, 3, h, w) to features (B
     "Return the features of all images of a source, in order, where the backbone lies."
     check_range('crop_ratio', crop_ratio, 1e-3, 1); check_range('batch_size', batch_size, 1)
     weight = next(backbone.parameters(), torch.empty(0))
-    if dtype is None: dtype = default_dtype(weight.device, weight.dtype)
+    if dtype is None: dtype = network_dtype(backbone, weight.device)
     def compute(views):
         with autocast(weight.device, dtype):
             features = backbone(_normalized(views.to(weight.device)).to(weight.dtype))
