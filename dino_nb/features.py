@@ -28,10 +28,23 @@ def _covering_shape(height, width, h, w):
     if h * width >= w * height: return h, h * width // height
     return w * height // width, w
 
+def _cover(size, crop_ratio):
+    "Return the height and width that an image is resized to cover."
+    h, w = (size, size) if isinstance(size, int) else size
+    return round(h / crop_ratio), round(w / crop_ratio)
+
+def _middle(images, h, w, longest=4):
+    "Return the middle of very long images, longest times what (h, w) can be cut from."
+    (H, W), rounded_up = images.shape[-2:], lambda a, b: -(-a // b)
+    most = longest * rounded_up(W * h, w), longest * rounded_up(H * w, h)
+    keep = [side - 2 * max(0, (side - end) // 2) for side, end in zip((H, W), most)]
+    return images if keep == [H, W] else TF.center_crop(images, keep)
+
 def _center_view(images, size, crop_ratio):
     "Return uint8 images (..., 3, H, W) resized (bicubic, antialiased) and cut to size."
     h, w = (size, size) if isinstance(size, int) else size
-    cover = round(h / crop_ratio), round(w / crop_ratio)
+    cover = _cover(size, crop_ratio)
+    images = _middle(images, *cover)
     shape = _covering_shape(*images.shape[-2:], *cover)
     images = TF.resize(images, shape, InterpolationMode.BICUBIC, antialias=True)
     return TF.center_crop(images, (h, w))
@@ -51,24 +64,27 @@ def eval_views(images: torch.Tensor | Sequence[torch.Tensor], # uint8 (B, 3, H, 
     return _normalized(torch.stack([_center_view(image, size, crop_ratio) for image in images]))
 
 # %% ../nbs/30_features.ipynb #28974beb
-def _read(source, transform, rows):
+def _reduction(height, width, cover):
+    "Return how many times smaller an image may be decoded that has to cover (h, w)."
+    return next((n for n in (8, 4, 2) if height >= n * cover[0] and width >= n * cover[1]), 1)
+
+def _read(source, transform, cover, rows):
     "Return the rows that could be read, their images, and (row, reason) of the others."
     images = source.images
     if images is not None: return list(rows), transform(images[rows.start:rows.stop]), []
-    found, bad = {}, []
+    found, bad, reduce = {}, [], partial(_reduction, cover=cover)
     for i in rows:
-        try: found[i] = transform(source[i])
+        try: found[i] = transform(source.read(i, reduce)[0])
         except BadImage as error: bad.append((i, error.reason))
     return list(found), torch.stack([*found.values()]) if found else None, bad
 
 # %% ../nbs/30_features.ipynb #16506879
-def _rows(compute, source, transform, batch_size, n_workers, bad):
+def _rows(compute, source, transform, cover, batch_size, n_workers, bad):
     "Return compute(batch) for all images of a source, one float32 row each, in order."
     tasks = (range(len(source))[i:i + batch_size] for i in range(0, len(source), batch_size))
     name = lambda rows: f'{source.name(rows[0])} and {len(rows) - 1} more'
-    features = None
-    for rows, batch, unreadable in read_ahead(partial(_read, source, transform), tasks, n_workers,
-                                              name):
+    read, features = partial(_read, source, transform, cover), None
+    for rows, batch, unreadable in read_ahead(read, tasks, n_workers, name):
         for i, reason in unreadable:
             if bad is None: raise BadImage(source.name(i), reason)
             bad.record(i, reason)
@@ -112,7 +128,8 @@ def extract_features(backbone: nn.Module,   # images (B, 3, h, w) to features (B
         raise ValueError(f'backbone gives {tuple(features.shape)}; it must give (B, D).')
     transform = partial(_center_view, size=size, crop_ratio=crop_ratio)
     with evaluation_mode(backbone):
-        return _rows(compute, source, transform, batch_size, n_workers, bad)
+        return _rows(compute, source, transform, _cover(size, crop_ratio), batch_size, n_workers,
+                     bad)
 
 # %% ../nbs/30_features.ipynb #ef1c2029
 def _thumbnail(images, size):
@@ -126,4 +143,5 @@ def raw_pixel_features(source: ImageSource, # N images of any sizes
                       ) -> torch.Tensor:    # (N, 3 size²) float32 in [-0.5, 0.5]
     "Return the pixels of area-averaged small images as features, the baseline without a network."
     check_range('size', size, 1)
-    return _rows(lambda batch: batch, source, partial(_thumbnail, size=size), 256, 0, bad)
+    return _rows(lambda batch: batch, source, partial(_thumbnail, size=size), (size, size),
+                 256, 0, bad)

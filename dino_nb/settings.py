@@ -21,6 +21,7 @@ from .augment import ViewSettings
 from .backbone import create_backbone
 from .centering import TARGETS
 from .core import check_choice, check_range, default_of, shown
+from .data import DECODERS, check_value_range
 from .head import ACTIVATIONS, DINOHead
 from .loss import KINDS, DINOLoss
 from .schedules import make_schedules
@@ -37,6 +38,8 @@ class DataSettings:
     data: str = 'shapes'   # image folder, .txt list, 'tars/{00..99}.tar'; shapes: the embedded one
     probe: str = ''        # folder of labelled images for k-NN; empty: use labels of data, if any
     workers: int = -1      # processes that decode and crop; -1: one per core, at most 8
+    decode: str = DECODERS[0]  # fast: JPEGs from 4 megapixels no larger than crops need; exact
+    value_range: tuple[float, ...] | None = None # black and white in pictures of more than 8 bits
     cache: str = 'none'    # device: keep all images where the network trains; none: read anew
     batch_size: int = 512  # images per step, over all processes together
     seed: int = 0          # address of every random choice of the run
@@ -127,13 +130,14 @@ RANGES = dict(
 CHOICES = dict(pos_embed_rule=('published', 'timm'), optimizer=('adamw', 'sgd', 'lars'),
                teacher_rule=RULES, target=TARGETS, loss=KINDS,
                activation=tuple(ACTIVATIONS), on_collapse=('warn', 'stop'),
-               cache=('none', 'device'), device=('auto', 'cpu', 'cuda', 'mps'),
+               cache=('none', 'device'), decode=DECODERS, device=('auto', 'cpu', 'cuda', 'mps'),
                precision=('auto', 'bfloat16', 'float16', 'float32', 'float64'))
 
 def _check_setting(name, value):
     "Raise a ValueError if the value of a single setting is none that it may have."
     if name in RANGES and value is not None: check_range(name, value, *RANGES[name])
     if name in CHOICES: check_choice(name, value, CHOICES[name])
+    if name == 'value_range': check_value_range(value)
     if name == 'data' and not str(value).strip():
         raise ValueError('data is empty; it must name a folder, a list or shards of images.')
 
@@ -202,7 +206,8 @@ def _flag_type(annotation) -> dict:
     kinds = typing.get_args(annotation) or (annotation,)
     if bool in kinds: return dict(action=argparse.BooleanOptionalAction)
     if typing.get_origin(annotation) is tuple: return dict(type=kinds[0], nargs='+')
-    if any(typing.get_origin(kind) is tuple for kind in kinds): return dict(type=int, nargs='+')
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple: return dict(type=typing.get_args(kind)[0], nargs='+')
     return dict(type=next(kind for kind in kinds if kind is not types.NoneType))
 
 class _Parser(argparse.ArgumentParser):
@@ -258,6 +263,5 @@ def config_changes(old: dict, # record of the run that the folder holds
                    new: dict  # record of the run that was asked for
                   ) -> list[str]: # one sentence part per setting that differs
     "Return the settings that make new another run than old."
-    names = [name for name in {**old, **new} if name not in FREE]
-    return [f'{name} {old.get(name)} (now {new.get(name)})' for name in names
-            if old.get(name) != new.get(name)]
+    return [f'{name} {value} (now {new.get(name)})' for name, value in old.items()
+            if name not in FREE and new.get(name) != value]

@@ -57,10 +57,10 @@ def open_data(config: TrainConfig # settings of a run
     "Open the images to train on, and the bank and test images of k-NN where there are labels."
     if config.data == 'shapes':
         train, test = open_images(Shapes()), open_images(Shapes(1000, split='test'))
-    else: train, test = _open(config.data)
+    else: train, test = _open(config.data, config)
     bank = train
     if config.probe:
-        bank, test = _open(config.probe)
+        bank, test = _open(config.probe, config)
         if bank.labels is None: raise ValueError(f'probe {config.probe} has no labels; '
                                                  'it needs one folder per class.')
         if test is None: bank, test = probe_split(bank)
@@ -71,11 +71,12 @@ def open_data(config: TrainConfig # settings of a run
         bank = train
     return train, bank, test
 
-def _open(folder):
+def _open(folder, config):
     "The train and test images of a folder, after a look at some of them."
     splits = (on_rank0(open_shards, folder), None) if is_shards(folder) else find_splits(folder)
     for source in splits:
-        if source is not None: check_images(source)
+        if source is None: continue
+        check_images(source.set_decoding(config.value_range, config.decode))
     train, test = splits
     return train, test if test is not None and test.labels is not None else None
 
@@ -348,7 +349,7 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     "Read the settings, open the images and build the run; write nothing."
     typed = typed_settings(argv)
     if any(int(os.environ.get(name) or 0) for name in RESTARTS): typed.pop('overwrite', None)
-    opening = 'data', 'probe', 'device'
+    opening = 'data', 'probe', 'device', 'decode', 'value_range'
     first = make_config(**(typed if names_recipe(typed) else
                            {name: typed[name] for name in opening if name in typed}))
     check_device(first.device)

@@ -26,19 +26,25 @@ import matplotlib.pyplot as plt
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from .augment import (ViewParams, ViewSettings, crop_views, crop_views_batched,
-                             sample_views)
+from .augment import (ViewParams, ViewSettings, crop_views, crop_views_batched, reduction,
+                             sample_views, scale_boxes)
 from .core import default_of, free_memory, show_images, tell, to_device
-from .data import BadImage
+from .data import BadImage, ImageSource
 from .photometric import denormalize, photometric_views
 
-# %% ../nbs/05_views.ipynb #40070d46
+# %% ../nbs/05_views.ipynb #38debdca
 class ViewBatch(NamedTuple):
     "The crops of B images, before color, with all that is needed to color them."
     crops: list[torch.Tensor] # one per resolution: (n·B, 3, h, w) uint8, crop-major
     params: ViewParams        # the choices, fields (B, V, ...)
     indices: torch.Tensor     # (B,) int64: the images that were asked for
     bad: list                 # (index, reason) of the images that could not be read
+
+# %% ../nbs/05_views.ipynb #40070d46
+def _read(source, i, reduce):
+    if isinstance(source, ImageSource): return source.read(i, reduce)
+    image = source[i]
+    return image, image.shape[1:]
 
 class MultiCrop(Dataset):
     "The crops of images, addressed by (epoch, index)."
@@ -52,17 +58,24 @@ class MultiCrop(Dataset):
 
     def read(self, index: int) -> tuple: # the image, and the list of (index, reason) passed over
         "Return the first image from index on that can be read."
+        image, _, bad = self._first(index)
+        return image, bad
+
+    def _first(self, index, reduce=None):
+        "Return that image, its size in the file, and the list; smaller where reduce allows it."
         bad = []
         for i in range(index, index + len(self)):
-            try: return self.source[i % len(self)], bad
+            try: return *_read(self.source, i % len(self), reduce), bad
             except BadImage as error: bad.append((i % len(self), error.reason))
         raise BadImage('the source', f'not one image can be read; the first reason: {bad[0][1]}')
 
     def __getitem__(self, address) -> ViewBatch: # of one image; address is (epoch, index)
         epoch, index = address
-        image, bad = self.read(index)
-        params = sample_views(self.settings, self.seed, epoch, [index], [image.shape[1:]])
-        crops = crop_views(image, params.rows(0), self.settings)
+        def drawn(*size): return sample_views(self.settings, self.seed, epoch, [index], [size])
+        image, size, bad = self._first(
+            index, lambda *size: reduction(drawn(*size).rows(0), self.settings))
+        params = drawn(*size)
+        crops = crop_views(image, scale_boxes(params.rows(0), size, image.shape[1:]), self.settings)
         return ViewBatch(crops, params, torch.tensor([index]), bad)
 
     def batch(self, addresses: list) -> ViewBatch: # of all of them; each is (epoch, index)
@@ -259,18 +272,21 @@ def memory_views(images: torch.Tensor,   # (N, 3, H, W) uint8, on the device tha
         yield photometric_views(crops, params), []
 
 # %% ../nbs/05_views.ipynb #c1ebbc64
+def _check_fits(n, height, width, device, limit):
+    "Raise a ValueError if n images of one size would take too much memory."
+    if (need := 3 * n * height * width) > limit * free_memory(device):
+        raise ValueError(f'cache is device, but {n:,} images as large as the largest need '
+                         f'{need / 2**30:.1f} GiB, more than {limit:.0%} of the memory there; '
+                         'use cache none, or smaller images.')
+
 def check_cache(source: Dataset,      # source[i] is a uint8 image (3, H, W), or raises BadImage
                 device: torch.device, # where they are wanted
                 limit: float = 0.5    # largest share of the memory they may take, in (0, 1]
                ):
     "Raise a ValueError if the images of a source would take too much memory."
     reader, n = MultiCrop(source, ViewSettings()), len(source)
-    looks = [reader.read(n * i // min(n, 100))[0].shape for i in range(min(n, 100))]
-    need = 3 * n * max(h for _, h, _ in looks) * max(w for _, _, w in looks)
-    if need > limit * free_memory(device):
-        raise ValueError(f'cache is device, but {n:,} images as large as the largest need '
-                         f'{need / 2**30:.1f} GiB, more than {limit:.0%} of the memory there; '
-                         'use cache none, or smaller images.')
+    looks = [reader._first(n * i // min(n, 100), lambda *size: 8)[1] for i in range(min(n, 100))]
+    _check_fits(n, *(max(sides) for sides in zip(*looks)), device, limit)
 
 def cache_images(source: Dataset,      # source[i] is a uint8 image (3, H, W), or raises BadImage
                  device: torch.device, # where they are wanted
@@ -281,6 +297,7 @@ def cache_images(source: Dataset,      # source[i] is a uint8 image (3, H, W), o
     reader, n = MultiCrop(source, ViewSettings()), len(source)
     found, bad = zip(*(reader.read(i) for i in range(n)))
     sizes = torch.tensor([image.shape[1:] for image in found])
+    _check_fits(n, *sizes.amax(0).tolist(), device, limit)   # now that all sizes are known
     images = torch.zeros(n, 3, *sizes.amax(0), dtype=torch.uint8)
     for row, image in zip(images, found): row[:, :image.shape[1], :image.shape[2]] = image
     return images.to(device), sizes, list(dict.fromkeys(sum(bad, [])))
