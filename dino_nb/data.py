@@ -657,7 +657,7 @@ def _too_many(source, reasons, n_seen, limit) -> TooManyBadFiles:
     few = '; '.join(f'{shown(source.name(i))} ({shown(reason, 100)})'
                     for i, reason in list(reasons.items())[:3])
     return TooManyBadFiles(f'{len(reasons):,} of {counted(n_seen, "image")} cannot be read '
-                           f'({len(reasons) / n_seen:.1%}; a run may skip {100 * limit:g}%, or '
+                           f'({len(reasons) / n_seen:.1%}; a run may skip {100 * limit:.3g}%, or '
                            f'one): {few}{" ..." if len(reasons) > 3 else "."}')
 
 def _allowed(n: int, limit: float) -> float:

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from .backbone import network_dtype
-from .core import autocast, check_range
+from .core import autocast, check_range, counted, progress
 from .data import BadFiles, BadImage, ImageSource
 from .photometric import normalize
 from .views import read_ahead
@@ -79,12 +79,14 @@ def _read(source, transform, cover, rows):
     return list(found), torch.stack([*found.values()]) if found else None, bad
 
 # %% ../nbs/30_features.ipynb #16506879
-def _rows(compute, source, transform, cover, batch_size, n_workers, bad):
+def _rows(compute, source, transform, cover, batch_size, n_workers, bad, doing):
     "Return compute(batch) for all images of a source, one float32 row each, in order."
-    tasks = (range(len(source))[i:i + batch_size] for i in range(0, len(source), batch_size))
+    tasks = [range(len(source))[i:i + batch_size] for i in range(0, len(source), batch_size)]
     name = lambda rows: f'{source.name(rows[0])} and {len(rows) - 1} more'
     read, features = partial(_read, source, transform, cover), None
-    for rows, batch, unreadable in read_ahead(read, tasks, n_workers, name):
+    doing = f'{doing} of {counted(len(source), "image")}, batches'
+    found = read_ahead(read, tasks, n_workers, name)
+    for rows, batch, unreadable in progress(found, len(tasks), doing):
         for i, reason in unreadable:
             if bad is None: raise BadImage(source.name(i), reason)
             bad.record(i, reason)
@@ -129,7 +131,7 @@ def extract_features(backbone: nn.Module,   # images (B, 3, h, w) to features (B
     transform = partial(_center_view, size=size, crop_ratio=crop_ratio)
     with evaluation_mode(backbone):
         return _rows(compute, source, transform, _cover(size, crop_ratio), batch_size, n_workers,
-                     bad)
+                     bad, 'features')
 
 # %% ../nbs/30_features.ipynb #ef1c2029
 def _thumbnail(images, size):
@@ -139,9 +141,10 @@ def _thumbnail(images, size):
 # %% ../nbs/30_features.ipynb #051df764
 def raw_pixel_features(source: ImageSource, # N images of any sizes
                        size: int = 16,      # side of the small images, pixels, at least 1
+                       n_workers: int = 0,  # processes that decode files; 0: this one
                        bad: BadFiles | None = None # takes unreadable images, rows NaN; None: raise
                       ) -> torch.Tensor:    # (N, 3 size²) float32 in [-0.5, 0.5]
     "Return the pixels of area-averaged small images as features, the baseline without a network."
     check_range('size', size, 1)
     return _rows(lambda batch: batch, source, partial(_thumbnail, size=size), (size, size),
-                 256, 0, bad)
+                 256, n_workers, bad, 'raw pixels')

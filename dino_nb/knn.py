@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from .core import check_choice, check_range, default_of
-from .data import BadFiles, ImageSource
-from .dist import World, all_any, all_mean, gather_rows, shard
+from .data import BadFiles, ImageSource, TooManyBadFiles
+from .dist import World, all_any, all_mean, gather_list, gather_rows, shard
 from .features import extract_features, raw_pixel_features
 
 # %% ../nbs/31_knn.ipynb #d4cbcc26
@@ -128,9 +128,18 @@ class NotFinite(ValueError):
 def _share(extract, source, world, name):
     "Return features and labels of the readable images among this process's share."
     if source.labels is None: raise ValueError(f'{name} has no labels; k-NN needs them.')
-    mine = source if world.size == 1 else source.subset(list(shard(len(source), world)))
-    bad = BadFiles(mine, limit=min(1., max(default_of(BadFiles, 'limit'), 3 / len(mine))))
-    features = extract(mine, bad=bad)
+    rows = list(shard(len(source), world))
+    mine = source if world.size == 1 else source.subset(rows)
+    bad, all_bad = BadFiles(mine, 1.), BadFiles(source, min(1., max(
+        default_of(BadFiles, 'limit'), 3 / len(source))))
+    try: features = extract(mine, bad=bad)
+    except ValueError:
+        if len(bad) < len(mine): raise
+        features = None                      # not one image of this part can be read
+    for i, reason in gather_list([(rows[i], reason) for i, reason in bad.reasons.items()]):
+        all_bad.record(i, reason)
+    if not all(gather_list([features is not None])):
+        raise TooManyBadFiles(f'{name} leaves a process without an image that can be read.')
     readable = torch.ones(len(mine), dtype=torch.bool)
     readable[list(bad.reasons)] = False
     return features[readable], mine.labels[readable]
@@ -167,7 +176,9 @@ def pixel_knn(bank: ImageSource, # labelled images to search in
               test: ImageSource, # labelled images to classify
               ks: Sequence[int] = (10, 20, 100, 200), # neighbours that vote
               temperature: float = 0.07, # of the votes' weights, above 0
-              world: World = World()    # this process among all, which share the work
+              world: World = World(),   # this process among all, which share the work
+              n_workers: int = 0        # processes that decode files; 0: this one
              ) -> dict[int, Accuracy]:  # k -> shares of the test images
     "Return the k-NN accuracy of raw pixels, the baseline without a network."
-    return _evaluate(raw_pixel_features, bank, test, ks, temperature, world)
+    extract = partial(raw_pixel_features, n_workers=n_workers)
+    return _evaluate(extract, bank, test, ks, temperature, world)

@@ -37,8 +37,8 @@ from .augment import ViewSettings
 from .checkpoint import (FellBack, load_checkpoint, plot_curves, set_aside,
                                 write_text)
 from .collapse import USUAL_RATES, check_config, suggest_recipe
-from .core import free_memory, shown
-from .data import (ImageSource, TooManyBadFiles, check_images, find_splits, open_images,
+from .core import counted, default_of, free_memory, progress, shown
+from .data import (ImageSource, TooManyBadFiles, check_images, open_images, open_train,
                           probe_split)
 from .dist import (World, close_dist, gather_list, init_dist, on_rank0,
                           whole_weights)
@@ -51,34 +51,50 @@ from .shapes import Shapes
 from .shards import is_shards, open_shards
 from .views import MultiCrop, check_cache, count_workers, show_views
 
+# %% ../nbs/90_train.ipynb #8cce6c3d
+def _open(data: str):
+    "The train images of a setting, and its test images or their folder, or None."
+    if is_shards(data): return on_rank0(open_shards, data), None
+    if data != TrainConfig.data: return open_train(data)
+    train, test = open_images(Shapes()), open_images(Shapes(1000, split='test'))
+    if Path(data).exists():
+        train.notes.append(f'{data} are the embedded images; the folder of that name is ./{data}')
+    return train, test
+
+def _bank_and_test(bank, test, share, look, notes):
+    "Split a share from the bank if there are no test images with labels; a ValueError: no k-NN."
+    if bank.labels is None: raise ValueError('The images have no labels; --probe names a folder '
+                                             'that has some.')
+    if test is not None:
+        place = shown(test.name if isinstance(test, Path) else 'test')
+        try: look(test := open_images(test, classes=bank.classes))
+        except ValueError as error: raise ValueError(f'{place}: {error}') from None
+        if test.labels is not None: return bank, test
+        notes.append(f'{place} has no classes; {share:.0%} of the others are held out')
+    return probe_split(bank, test_share=share)
+
 # %% ../nbs/90_train.ipynb #b5500885
 def open_data(config: TrainConfig # settings of a run
              ) -> tuple[ImageSource, ImageSource | None, ImageSource | None]: # train, bank, test
     "Open the images to train on, and the bank and test images of k-NN where there are labels."
-    if config.data == 'shapes':
-        train, test = open_images(Shapes()), open_images(Shapes(1000, split='test'))
-    else: train, test = _open(config.data, config)
-    bank = train
+    def look(source): check_images(source.set_decoding(config.value_range, config.decode))
+    train, test = _open(config.data)
+    look(train)
+    bank, share = train, 0.1
     if config.probe:
-        bank, test = _open(config.probe, config)
-        if bank.labels is None: raise ValueError(f'probe {config.probe} has no labels; '
+        bank, test = _open(config.probe)
+        share = default_of(probe_split, 'test_share')
+        if bank.labels is None: raise ValueError(f'probe {shown(config.probe)} has no labels; '
                                                  'it needs one folder per class.')
-        if test is None: bank, test = probe_split(bank)
-    elif train.labels is None: return train, None, None
-    elif test is None:
-        try: train, test = probe_split(train, test_share=0.1)
-        except ValueError: return train, None, None  # too few images of a class to hold some out
-        bank = train
-    return train, bank, test
-
-def _open(folder, config):
-    "The train and test images of a folder, after a look at some of them."
-    splits = (on_rank0(open_shards, folder), None) if is_shards(folder) else find_splits(folder)
-    for source in splits:
-        if source is None: continue
-        check_images(source.set_decoding(config.value_range, config.decode))
-    train, test = splits
-    return train, test if test is not None and test.labels is not None else None
+        train.notes += [f'probe: {note}' for note in bank.notes]
+    try:
+        if config.probe: look(bank)
+        bank, test = _bank_and_test(bank, test, share, look, train.notes)
+    except ValueError as error:
+        if config.probe and test is None and not isinstance(error, TooManyBadFiles): raise
+        train.notes.append(f'no k-NN: {error}')
+        return train, None, None
+    return train if config.probe else bank, bank, test
 
 # %% ../nbs/90_train.ipynb #4b13fc25
 FILES = ('config.json', 'log.jsonl', 'summary.json', 'checkpoint.pt', 'checkpoint_last_good.pt',
@@ -122,16 +138,18 @@ def clear_folder(folder: Path): # a run's folder
     for name in FILES: (folder/name).unlink(missing_ok=True)
 
 # %% ../nbs/90_train.ipynb #c8349829
+def _n_readers(bank, config): return 0 if bank.images is not None else count_workers(config.workers)
+
 def knn_top1(backbone,            # a network that turns images into features
              bank: ImageSource,   # labelled images to look neighbours up in
              test: ImageSource,   # labelled images to classify
              config: TrainConfig, # settings of the run
              world: World = World() # this process among all, which share the work
-            ) -> dict[int, float]:  # k -> top-1 accuracy in [0, 1]
+            ) -> dict[int, float]:  # k -> top-1 accuracy in [0, 1]; {}: too many bad files
     "Return the k-NN accuracy of a backbone's features."
-    n_workers = 0 if bank.images is not None else count_workers(config.workers)
-    found = evaluate_knn(backbone, bank, test, config.global_size, config.eval_crop, world=world,
-                         n_workers=n_workers)
+    try: found = evaluate_knn(backbone, bank, test, config.global_size, config.eval_crop,
+                              world=world, n_workers=_n_readers(bank, config))
+    except TooManyBadFiles as error: say(world, f'note: no k-NN: {error}'); return {}
     return {k: accuracy.top1 for k, accuracy in found.items()}
 
 def baselines(bank: ImageSource,  # labelled images to look neighbours up in
@@ -140,9 +158,10 @@ def baselines(bank: ImageSource,  # labelled images to look neighbours up in
               world: World = World() # this process among all, which share the work
              ) -> dict[str, float]: # name -> 20-NN accuracy in [0, 1]
     "Return the 20-NN accuracy of raw pixels and of the randomly initialised backbone."
-    pixels = pixel_knn(bank, test, ks=(20,), world=world)
     untrained = build_student(config).backbone.to(world.device)
     random_init = knn_top1(untrained, bank, test, config, world)
+    if not random_init: return {}
+    pixels = pixel_knn(bank, test, ks=(20,), world=world, n_workers=_n_readers(bank, config))
     return {'raw pixels': pixels[20].top1, 'random init': random_init[20]}
 
 # %% ../nbs/90_train.ipynb #aec96c5c
@@ -209,9 +228,9 @@ def summarize(run: Learner,      # a finished run
              ) -> dict:          # plain values
     "Return the results of a run."
     config, result = run.config, dict(recipe=run.config.recipe, data=run.config.data)
-    if bank is not None:
-        for name, network in [('teacher', run.teacher), ('student', run.student)]:
-            result[f'knn_{name}'] = knn_top1(network.backbone, bank, test, config, run.world)
+    for name, network in [('teacher', run.teacher), ('student', run.student)] if levels else []:
+        if found := knn_top1(network.backbone, bank, test, config, run.world):
+            result[f'knn_{name}'] = found
     result['baselines'] = levels
     if config.data == 'shapes' and hasattr(run.teacher.backbone, 'blocks'):
         untrained = build_student(config).backbone.to(run.device)
@@ -242,9 +261,9 @@ def result_lines(summary: dict # as `summarize` returns it
             values = ', '.join(f'{network} {look[name]:.1%}' for network, look in looks.items())
             lines.append(f'attention: {name}  {values}')
     if n := summary['skipped']:
-        lines.append(f'{n} steps had gradients that are not finite and were left out')
+        lines.append(f'{counted(n, "step")} had gradients that are not finite: left out')
     if n := summary['bad_files']:
-        lines.append(f'{n} files could not be read and were left out; see bad_files.txt')
+        lines.append(f'{counted(n, "file")} could not be read: left out; see bad_files.txt')
     return '\n'.join(lines)
 
 # %% ../nbs/90_train.ipynb #1cab67ca
@@ -354,6 +373,7 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
                            {name: typed[name] for name in opening if name in typed}))
     check_device(first.device)
     world = init_dist(None if first.device == 'auto' else first.device)
+    progress.speaks = world.is_main
     train, bank, test = open_data(first)
     config, reasons = choose_settings(typed, len(train), world)
     check_memory(config, world)
@@ -395,14 +415,14 @@ def train(run: Learner,             # a new run
     config, tell = run.config, partial(say, run.world)
     with sentences(2, ValueError, OSError): resume(run, folder)
     levels = baselines(bank, test, config, run.world) if bank else {}
-    tell('20-NN before training:', ', '.join(f'{n} {v:.1%}' for n, v in levels.items()) or
-         'k-NN is left out, for there are no labelled images to hold out; --probe names a folder')
+    if levels:
+        tell('20-NN before training:', ', '.join(f'{n} {v:.1%}' for n, v in levels.items()))
 
     def evaluate(run):
         if not levels: return {}
         with whole_weights(run.teacher):
             found = knn_top1(run.teacher.backbone, bank, test, config, run.world)
-        return dict(knn_teacher=found[20])
+        return dict(knn_teacher=found[20]) if found else {}
 
     rows = run.fit(folder, evaluate, report=tell)
     if run.step < run.n_steps: return {}

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .augment import (ViewParams, ViewSettings, crop_views, crop_views_batched, reduction,
                              sample_views, scale_boxes)
-from .core import default_of, free_memory, show_images, tell, to_device
+from .core import (default_of, free_memory, progress, show_images, tell,
+                          to_device)
 from .data import BadImage, ImageSource
 from .photometric import denormalize, photometric_views
 
@@ -295,7 +296,7 @@ def cache_images(source: Dataset,      # source[i] is a uint8 image (3, H, W), o
     "Return all images of a source in one tensor, with zeros right of and below the smaller ones."
     check_cache(source, device, limit)
     reader, n = MultiCrop(source, ViewSettings()), len(source)
-    found, bad = zip(*(reader.read(i) for i in range(n)))
+    found, bad = zip(*(reader.read(i) for i in progress(range(n), n, 'images read into memory')))
     sizes = torch.tensor([image.shape[1:] for image in found])
     _check_fits(n, *sizes.amax(0).tolist(), device, limit)   # now that all sizes are known
     images = torch.zeros(n, 3, *sizes.amax(0), dtype=torch.uint8)
