@@ -108,7 +108,7 @@ def progress(items: Iterable,  # what is waited for
     live = sys.stdout.isatty() and progress.speaks is not False
     begin, due = time.monotonic(), 0 if live else wait
     width = shutil.get_terminal_size().columns - 1 if live else 200
-    if live: print(f'{doing} ...'[:width].ljust(width), end='\r', flush=True)
+    if live: tell(f'{doing} ...'[:width].ljust(width), end='\r')
     for done, item in enumerate(items, 1):
         yield item
         passed = time.monotonic() - begin
