@@ -138,7 +138,7 @@ def _share(extract, source, world, name):
         features = None                      # not one image of this part can be read
     for i, reason in gather_list([(rows[i], reason) for i, reason in bad.reasons.items()]):
         all_bad.record(i, reason)
-    if not all(gather_list([features is not None])):
+    if all_any(features is None):
         raise TooManyBadFiles(f'{name} leaves a process without an image that can be read.')
     readable = torch.ones(len(mine), dtype=torch.bool)
     readable[list(bad.reasons)] = False
