@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'CAN_SPLIT', 'World', 'env_number', 'init_dist', 'close_dist', 'all_mean_later', 'all_mean', 'all_any',
            'norm_statistics', 'share_statistics', 'tell_others', 'hear_others', 'shard', 'gather_rows', 'gather_list',
-           'on_rank0', 'split_weights', 'whole_weights', 'gather_state', 'split_like', 'StepSampler']
+           'on_rank0', 'split_weights', 'whole_weights', 'map_state', 'gather_state', 'split_like', 'StepSampler']
 
 # %% ../nbs/21_dist.ipynb #402d46dc
 import copy
@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -249,29 +250,47 @@ def whole_weights(*networks: nn.Module): # split or not; all processes must come
     finally:
         for unit in units: unit.set_reshard_after_forward(True, recurse=False); unit.reshard()
 
+# %% ../nbs/21_dist.ipynb #4669e396
+def _places(state):
+    "The keys of a dict, the positions in a list or tuple; None for a leaf."
+    if type(state) in (dict, OrderedDict): return state.keys()
+    return range(len(state)) if type(state) in (list, tuple) else None
+
+def map_state(func: Callable,      # called with a leaf's address and the leaf of every state
+              state: object,       # leaves in dicts, lists and tuples
+              *others: object,     # states with the same branches; a leaf may face a branch
+              where: str = 'state' # name of the state in addresses
+             ) -> object:          # what func returned, in the places of the leaves
+    "Return a state with every leaf replaced by what a function makes of it."
+    if (places := _places(state)) is None: return func(where, state, *others)
+    for other in others:
+        if _places(other) != places: raise ValueError(f'{shown(where)} has other parts.')
+    mapped = {place: map_state(func, *(part[place] for part in (state, *others)),
+                               where=f'{where}[{place!r}]') for place in places}
+    if isinstance(state, (list, tuple)): return type(state)(mapped.values())
+    whole = copy.copy(state)  # keeps what a state_dict notes about versions
+    whole.update(mapped)
+    return whole
+
 # %% ../nbs/21_dist.ipynb #fd273e0e
 @torch.no_grad()
 def gather_state(state: object # tensors, and dicts, lists and tuples of them; split or not
                 ) -> object:   # the same; split tensors whole on the CPU of rank 0, None elsewhere
     "Return a state in which no tensor is split; all processes must call it."
-    if isinstance(state, DTensor):
-        whole = state.full_tensor()
+    def gather(where, leaf):
+        if not isinstance(leaf, DTensor): return leaf
+        whole = leaf.full_tensor()
         return whole.cpu() if dist.get_rank() == 0 else None
-    if isinstance(state, (list, tuple)): return type(state)(map(gather_state, state))
-    if not isinstance(state, dict): return state
-    gathered = copy.copy(state)  # keeps what a state_dict notes about versions
-    gathered.update((key, gather_state(value)) for key, value in state.items())
-    return gathered
+    return map_state(gather, state)
 
 def split_like(state: object, # whole tensors, or dicts or lists of them; the same in all processes
                like: object   # tensors in the same places; split or not
               ) -> object:    # split where like is
     "Return a state with its tensors split as others are; all processes must call it."
-    if isinstance(like, DTensor) and like.shape == state.shape:
-        return distribute_tensor(state.to(like.device), like.device_mesh, like.placements)
-    if isinstance(state, dict): return {key: split_like(state[key], like[key]) for key in state}
-    if isinstance(state, list): return [split_like(*pair) for pair in zip(state, like)]
-    return state
+    def split(where, leaf, like):
+        if not isinstance(like, DTensor) or like.shape != leaf.shape: return leaf
+        return distribute_tensor(leaf.to(like.device), like.device_mesh, like.placements)
+    return map_state(split, state, like)
 
 # %% ../nbs/21_dist.ipynb #12ee0b30
 def _check_batch(n_images, batch_size, n_processes):

@@ -53,3 +53,27 @@ def images(tmp_path_factory):
         (folder/f'class_{label % 2}').mkdir(exist_ok=True)
         to_pil_image(image).save(folder/f'class_{label % 2}'/f'{i:03}.jpg')
     return folder
+
+
+class SmallDisk:
+    "A file system of few bytes, which can be filled and emptied"
+    def __init__(self, path): self.path = path
+
+    def fill(self, leave=0):
+        "Leave so many bytes (in blocks of 4096)"
+        room = os.statvfs(self.path)
+        (self.path/'ballast').write_bytes(bytes(room.f_bavail * room.f_frsize - leave))
+
+    def empty(self): (self.path/'ballast').unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of 64 MB"
+    path = tmp_path/'disk'
+    path.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=64m', 'none', path]
+    if not shutil.which('mount') or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip('a disk that really runs full needs the right to mount one')
+    yield SmallDisk(path)
+    subprocess.run(['umount', '-l', path], check=True)
