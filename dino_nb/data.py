@@ -654,11 +654,13 @@ class TooManyBadFiles(ValueError):
 
 def _too_many(source, reasons, n_seen, limit) -> TooManyBadFiles:
     "Return the error that says how many images are bad, and names a few."
-    few = '; '.join(f'{shown(source.name(i))} ({shown(reason, 100)})'
-                    for i, reason in list(reasons.items())[:3])
+    names = {}
+    for i, reason in reasons.items(): names.setdefault(reason, []).append(source.name(i))
+    few = '; '.join(f'{listed(which)} ({shown(reason, 100)})'
+                    for reason, which in list(names.items())[:3])
     return TooManyBadFiles(f'{len(reasons):,} of {counted(n_seen, "image")} cannot be read '
                            f'({len(reasons) / n_seen:.1%}; a run may skip {100 * limit:.3g}%, or '
-                           f'one): {few}{" ..." if len(reasons) > 3 else "."}')
+                           f'one): {few}{" ..." if len(names) > 3 else "."}')
 
 def _allowed(n: int, limit: float) -> float:
     "Return how many of n images may be bad: a share, but one if there are more and any may."
