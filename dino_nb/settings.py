@@ -13,13 +13,13 @@ import math
 import types
 import typing
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 
 import torch
 from fastcore.docments import docments
 
 from .augment import ViewSettings
-from .backbone import create_backbone
+from .backbone import check_backbone, create_backbone
 from .centering import TARGETS
 from .core import check_choice, check_range, default_of, shown
 from .data import DECODERS, check_value_range
@@ -139,6 +139,7 @@ def _check_setting(name, value):
     if name in RANGES and value is not None: check_range(name, value, *RANGES[name])
     if name in CHOICES: check_choice(name, value, CHOICES[name])
     if name == 'value_range': check_value_range(value)
+    if name == 'backbone': check_backbone(value)
     if name == 'data' and not str(value).strip():
         raise ValueError('data is empty; it must name a folder, a list or shards of images.')
 
@@ -205,6 +206,7 @@ def make_config(recipe: str = 'tiny', # a name from RECIPES
     return TrainConfig(**(brought | settings), recipe=recipe)
 
 # %% ../nbs/19_settings.ipynb #47759a24
+@cache
 def setting_docs() -> dict[str, dict[str, str]]: # topic -> setting -> explanation
     "Return the explanation of every setting, grouped by topic."
     groups = {}

@@ -1,9 +1,13 @@
 "What the tests of the script share: how to start it, wait for it, and compare two of its runs."
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -28,6 +32,46 @@ def run(command, cwd):
     process = start(command, cwd)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def call(words, cwd, seconds=60):
+    """What `run` returns for the script with these words, by a fork of this process: the 7 s that
+    imports take are paid once. A child that hangs or leaves a process behind is told as such."""
+    from dino_nb.settings import setting_docs
+    from dino_nb.train import main
+    setting_docs()            # read once, for all forks
+    torch.set_num_threads(1)  # a fork has none of its parent's threads
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with warnings.catch_warnings(action='ignore'): child = os.fork()
+        if not child: _become(main, list(map(str, words)), cwd, out, err)
+        end = time.time() + seconds
+        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.time() < end:
+            time.sleep(0.002)
+        try: os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError: left = not ended[0]
+        else: left = True
+        if not ended[0]: os.waitpid(child, 0)
+        texts = [(file.seek(0), file.read().decode(errors='replace'))[1] for file in (out, err)]
+    if left: return ('hangs' if not ended[0] else 'leaves a process'), *texts
+    return os.waitstatus_to_exitcode(ended[1]), *texts
+
+
+def _become(main, words, cwd, out, err):
+    "The child's part: run the script and end, whatever happens"
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        os.chdir(cwd)
+        for file, number in ((out, 1), (err, 2)): os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (open(n, 'w', closefd=False) for n in (1, 2))
+        sys.argv = ['dino_train', *words]
+        main(words)
+        status = 0
+    except SystemExit as error: status = error.code or 0
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
 
 
 def same_weights(a, b, part='teacher', atol=0.):
