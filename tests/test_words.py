@@ -120,3 +120,49 @@ def test_settings_by_themselves(odd):
                  flags_that_are_none): cases += kind(draw)
     cases += [(['--data', 'nowhere', *words.split()], ['epochs', 'fsdp']) for words in PAIRS]
     check(cases, odd)
+
+
+def test_images_that_are_none(odd):
+    "Whatever --data and --probe name that is no set of images, by any spelling"
+    wrong = ['', ' ', 'nowhere', 'nowhere/', 'empty', 'note.txt', 'page.pdf', 'nul.txt', 'wrong.txt',
+             'lost.txt', 'long.txt', 'zip.tar', 'array.npy', 'hollow.tar', 'lies', 'folders', 'loop',
+             'dangling', 'pipe', 'socket', '/dev/null', '/dev/zero', 'x' * 300, 'x/' * 3000,
+             'a\nb', '\x1b[2J', 'é', '\udcff', '~nobody/photos', 'gone.tar', '{0..3}.tar',
+             '{0..999999999999}.tar', '{0..9}' * 9 + '.tar', '{.tar', 'http://a.b/c.tar', 's3://a/b.tar',
+             'pipe:cat a.tar', 'a.tgz', 'lies/a.jpg', 'note.txt/photos', '-1']
+    cases = [(['--data=' + word], ['data', word.strip()[:8] or 'data']) for word in wrong]
+    cases += [(['--recipe', 'cifar10', '--data=' + word], ['data', word.strip()[:8] or 'data'])
+              for word in random.Random(SEED).sample(wrong, 9)]
+    for words, names in cases:  # a name that a terminal would obey is escaped
+        names[1] = names[1].encode('unicode_escape').decode() if not names[1].isprintable() else names[1]
+    check(cases, odd)
+
+
+def test_folders_that_cannot_be_written(odd, images, tmp_path):
+    "Whatever --out names that is no place for a run; the network is refused last, if all else is not"
+    for name in ('note.txt', 'taken', 'loop', 'dangling'):
+        (tmp_path/name).symlink_to(odd/name) if name != 'loop' else (tmp_path/name).symlink_to(name)
+    wrong = ['note.txt', 'note.txt/run', 'taken', 'taken/thesis.tex/run', 'loop', 'loop/run', 'x' * 300,
+             'x/' * 3000, '/dev/null', '/dev/null/run', '/proc/run', '/sys/run']
+    last = ['--embed-dim', '97', '--num-heads', '3']
+    check([(['--data', images, '--recipe', 'tiny', f'--out={word}', *last], ['out', word[:8], 'embed_dim'])
+           for word in wrong], tmp_path)
+    check([(['--data', images, '--recipe', 'tiny', f'--out={word}', '--overwrite', *last],
+            ['out', word[:8], 'embed_dim']) for word in ('note.txt', 'taken', 'loop')], tmp_path)
+
+
+LATE = ['--embed-dim 97 --num-heads 3', '--batch-size 10000', '--batch-size 15 --accumulate 4',
+        '--accumulate 1000000', '--out-dim 100000000 --bottleneck-dim 100000', '--global-size 50',
+        '--embed-dim 100000 --num-heads 1 --depth 256', '--head-layers 100 --hidden-dim 100000',
+        '--global-size 10000 --local-size 10000 --n-local 1000', '--loss mse --target sinkhorn',
+        '--target sinkhorn --batch-size 1', '--use-bn --batch-size 1', '--head-layers 0',
+        '--backbone resnet18', '--global-size 8 --patch-size 16', '--local-size 20 --patch-size 8',
+        '--patch-size 7', '--predictor 100000 --out-dim 100000000', '--local-size 4', '--num-heads 97']
+
+
+def test_settings_that_do_not_go_together(images, tmp_path):
+    "Settings that only the images, the network or the memory can refuse: before anything is written"
+    for recipe in ([], ['--recipe', 'tiny']):
+        check([([*recipe, '--data', images, '--device', 'cpu', *words.split()],
+                [word[2:].replace('-', '_') for word in words.split() if word.startswith('--')]
+                + ['img_size', 'patch']) for words in LATE], tmp_path, seconds=100)
