@@ -22,7 +22,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from .core import check_range, generator, listed, progress, regular_file
+from .core import check_range, generator, listed, progress, regular_file, shown
 from .data import (IMAGE_EXTENSIONS, SYSTEM_FOLDERS, ImageFiles, ImageSource,
                           choose_labels)
 
@@ -159,15 +159,25 @@ def is_shards(source # anything `open_images` takes, or a pattern of tars
     if not isinstance(source, (str, Path)): return False
     return bool(re.search(r'[.](tar|tgz)([.]\w+)?}?$|^\w+://|^pipe:', str(source)))
 
+def _n_shards(pattern):
+    "Return about how many paths the braces of a pattern stand for, without expanding them."
+    def place(end): return int(end) if end.isdigit() else ord(end[0])
+    n = 1
+    for inner in re.findall(r'{([^{}]*)}', pattern):
+        ends = re.fullmatch(r'(\w{1,18})[.][.](\w{1,18})', inner)
+        n *= abs(place(ends[2]) - place(ends[1])) + 1 if ends else inner.count(',') + 1
+    return n
+
 def shard_paths(pattern: str | Path # path of tars, with {000..099}, {a,b}, * or ::
                ) -> list[str]:      # their absolute paths, in order
     "Return the paths that a pattern names, whether they exist or not."
     pattern = str(pattern)
     if re.search(r'\w+://|pipe:', pattern):
-        raise ValueError(f'{pattern} can only be read as a stream; shards are read by position, '
+        raise ValueError(f'{shown(pattern)} can only be read as a stream; shards are read by position, '
                          'so copy them to a disk, or mount where they are.')
+    check_range(f'the number of shards in {shown(pattern)}', _n_shards(pattern), 1, 10**6)
     if re.search(r'[.](tgz|tar[.]\w+)', pattern):
-        raise ValueError(f'{pattern} is compressed; shards are read by position, so unpack them '
+        raise ValueError(f'{shown(pattern)} is compressed; shards are read by position, so unpack them '
                          'to .tar (images are compressed already).')
     try: from webdataset.shardlists import expand_urls
     except ImportError: raise ValueError("Shards need the webdataset package: pip install "

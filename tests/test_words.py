@@ -43,6 +43,7 @@ def odd(tmp_path_factory):
 
 def faults(words, names, cwd, seconds=60):
     "What is wrong with the answer to wrong words, of which one of the names should be in it"
+    words = [*map(str, words)]
     before = sorted((path, path.lstat().st_mtime_ns) for path in cwd.rglob('*'))
     status, out, err = call(words, cwd, seconds)
     lines, found = err.splitlines(), []
@@ -123,18 +124,19 @@ def test_settings_by_themselves(odd):
 
 
 def test_images_that_are_none(odd):
-    "Whatever --data and --probe name that is no set of images, by any spelling"
+    "Whatever --data names that is no set of images, by any spelling"
+    draw, inside = random.Random(SEED), ['a.jpg', '0.tar', 'photos does not exist']
     wrong = ['', ' ', 'nowhere', 'nowhere/', 'empty', 'note.txt', 'page.pdf', 'nul.txt', 'wrong.txt',
              'lost.txt', 'long.txt', 'zip.tar', 'array.npy', 'hollow.tar', 'lies', 'folders', 'loop',
              'dangling', 'pipe', 'socket', '/dev/null', '/dev/zero', 'x' * 300, 'x/' * 3000,
              'a\nb', '\x1b[2J', 'é', '\udcff', '~nobody/photos', 'gone.tar', '{0..3}.tar',
              '{0..999999999999}.tar', '{0..9}' * 9 + '.tar', '{.tar', 'http://a.b/c.tar', 's3://a/b.tar',
              'pipe:cat a.tar', 'a.tgz', 'lies/a.jpg', 'note.txt/photos', '-1']
-    cases = [(['--data=' + word], ['data', word.strip()[:8] or 'data']) for word in wrong]
-    cases += [(['--recipe', 'cifar10', '--data=' + word], ['data', word.strip()[:8] or 'data'])
-              for word in random.Random(SEED).sample(wrong, 9)]
-    for words, names in cases:  # a name that a terminal would obey is escaped
-        names[1] = names[1].encode('unicode_escape').decode() if not names[1].isprintable() else names[1]
+    cases = [([*recipe, '--data=' + word], ['data', word.strip().strip('/')[:8] or 'data', *inside])
+             for recipe, words in (([], wrong), (['--recipe', 'tiny'], draw.sample(wrong, 9)))
+             for word in words]
+    for _, names in cases:  # a name that a terminal would obey is escaped
+        if not names[1].isprintable(): names[1] = names[1].encode('unicode_escape').decode()
     check(cases, odd)
 
 
