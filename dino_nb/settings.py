@@ -153,6 +153,7 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
     def __post_init__(self):
         super().__post_init__()
         for name, value in vars(self).items(): _check_setting(name, value)
+        check_range('head_layers', self.head_layers, 1 if self.l2_bottleneck else 0, 100)
         if self.fsdp and self.optimizer != 'adamw':
             raise ValueError(f'fsdp does not work with {self.optimizer}; use optimizer adamw.')
         for name in ('warmup_epochs', 'warmup_teacher_temp_epochs', 'freeze_last_layer'):

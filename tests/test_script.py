@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import (LONG, MODULE, SCRIPT, SMALL, TORCHRUN, carried, run,
+from processes import (LONG, MODULE, SCRIPT, SMALL, TORCHRUN, call, carried, run,
                        same_run, same_weights, start, wait_for, workers_of)
 from torchvision.transforms.functional import to_pil_image
 

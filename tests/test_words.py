@@ -158,13 +158,13 @@ LATE = ['--embed-dim 97 --num-heads 3', '--batch-size 10000', '--batch-size 15 -
         '--embed-dim 100000 --num-heads 1 --depth 256', '--head-layers 100 --hidden-dim 100000',
         '--global-size 10000 --local-size 10000 --n-local 1000', '--loss mse --target sinkhorn',
         '--target sinkhorn --batch-size 1', '--use-bn --batch-size 1', '--head-layers 0',
-        '--backbone resnet18', '--global-size 8 --patch-size 16', '--local-size 20 --patch-size 8',
-        '--patch-size 7', '--predictor 100000 --out-dim 100000000', '--local-size 4', '--num-heads 97']
+        '--backbone resnet18', '--global-size 8 --patch-size 16',
+        '--patch-size 7', '--predictor 100000 --out-dim 100000000', '--num-heads 97']
 
 
 def test_settings_that_do_not_go_together(images, tmp_path):
     "Settings that only the images, the network or the memory can refuse: before anything is written"
-    for recipe in ([], ['--recipe', 'tiny']):
-        check([([*recipe, '--data', images, '--device', 'cpu', *words.split()],
-                [word[2:].replace('-', '_') for word in words.split() if word.startswith('--')]
-                + ['img_size', 'patch']) for words in LATE], tmp_path, seconds=100)
+    check([([*recipe, '--data', images, '--device', 'cpu', *words.split()],
+            [word[2:].replace('-', '_') for word in words.split() if word.startswith('--')]
+            + ['img_size', 'patch']) for recipe in ([], ['--recipe', 'tiny']) for words in LATE],
+          tmp_path)
