@@ -168,10 +168,11 @@ def _check_record(folder, config, source, chosen=()):
     why = 'another run'
     if all(change.split()[0] in (*chosen, 'images') for change in changes):
         why = 'a run with other chosen settings, perhaps on other images'
-    more = f'; and {len(changes) - 5} more' if len(changes) > 5 else ''
+    named = '; '.join(shown(change) for change in changes[:3])
+    more = f'; and {len(changes) - 3} more' if len(changes) > 3 else ''
     if changes: raise ValueError(
-        f'{folder} already holds {why}: {"; ".join(changes[:5])}{more}. Give what it was trained '
-        'with to go on, or choose another folder with --out; --overwrite would delete it.')
+        f'{shown(folder, 40)} already holds {why}: {named}{more}. Give what it was trained with to '
+        'go on, or choose another folder with --out; --overwrite would delete it.')
 
 def _changes(folder, old, new):
     "What makes new another run than old; records of older versions do not name the images."
