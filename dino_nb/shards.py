@@ -173,12 +173,12 @@ def shard_paths(pattern: str | Path # path of tars, with {000..099}, {a,b}, * or
     "Return the paths that a pattern names, whether they exist or not."
     pattern = str(pattern)
     if re.search(r'\w+://|pipe:', pattern):
-        raise ValueError(f'{shown(pattern)} can only be read as a stream; shards are read by position, '
-                         'so copy them to a disk, or mount where they are.')
+        raise ValueError(f'{shown(pattern)} can only be read as a stream; shards are read by '
+                         'position, so copy them to a disk, or mount where they are.')
     check_range(f'the number of shards in {shown(pattern)}', _n_shards(pattern), 1, 10**6)
     if re.search(r'[.](tgz|tar[.]\w+)', pattern):
-        raise ValueError(f'{shown(pattern)} is compressed; shards are read by position, so unpack them '
-                         'to .tar (images are compressed already).')
+        raise ValueError(f'{shown(pattern)} is compressed; shards are read by position, so unpack '
+                         'them to .tar (images are compressed already).')
     try: from webdataset.shardlists import expand_urls
     except ImportError: raise ValueError("Shards need the webdataset package: pip install "
                                          "'dino_nb[shards]', or webdataset alone.") from None
