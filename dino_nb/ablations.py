@@ -187,7 +187,7 @@ def ridge_accuracy(known: torch.Tensor,        # (N, D) features
     return (answers == asked_labels).float().mean().item()
 
 # %% ../nbs/40_ablations.ipynb #c7029213
-def judge(backbone,           # a network that turns images into features
+def judge(backbone: torch.nn.Module, # a network that turns images into features
           train: ImageSource, # labelled images to learn from
           test: ImageSource,  # labelled images to classify
           config: TrainConfig # settings of the run

@@ -88,7 +88,7 @@ class ViewParams(NamedTuple):
     sigma: torch.Tensor    # (B, V): blur in pixels of the view; 0: none
     solarize: torch.Tensor # (B, V): threshold in 0 to 1; infinite: none
 
-    def rows(self, key) -> 'ViewParams': # key: any index of the leading dimensions
+    def rows(self, key: object) -> 'ViewParams': # key: any index of the leading dimensions
         "Return the same fields, each indexed by key."
         return ViewParams(*(field[key] for field in self))
 

@@ -90,7 +90,7 @@ class CheckpointWriter:
 
     def save(self,
              state: dict, # as for save_checkpoint; copied before this returns
-             still=None): # asked after the copy: is it one state? otherwise nothing is written
+             still: callable = None): # asked after the copy: is it one state? else none is written
         "Copy a state and write it in the background; raise what the last writing met with."
         self.wait()
         copied = _plain(state)
@@ -165,8 +165,8 @@ def _read(path: Path, map_location, check) -> dict:
 
 # %% ../nbs/22_checkpoint.ipynb #cf842dd4
 def load_checkpoint(path: str | Path,   # file written by save_checkpoint
-                    map_location='cpu', # device for the tensors
-                    check=bool          # function of the state, raises a ValueError if it is wrong
+                    map_location: str | torch.device = 'cpu', # device for the tensors
+                    check: callable = bool # of the state; raises a ValueError if it is wrong
                    ) -> dict:           # the state as it was saved
     "Return a saved state; if its file is broken, the one before it, with a warning."
     path = Path(path)

@@ -229,7 +229,7 @@ def _rate_warnings(c):
         f'outside {low:g} to {high:g}, where {c.optimizer} learns; lr is scaled for you, so give '
         'it per 256 images.')
 
-def check_config(config,        # settings: an object with the names of TrainConfig
+def check_config(config: object, # settings: an object with the names of TrainConfig
                  n_images: int  # images to train on
                 ) -> list[str]: # one sentence per problem; empty if none is known
     "Return a warning, with its reason, for every setting that is known to fail."

@@ -70,9 +70,9 @@ def check_choice(name: str,         # the argument's name, as the user typed it
     raise ValueError(f"{name} is {shown(repr(value))}, which is not known; {hint}")
 
 # %% ../nbs/00_core.ipynb #ad2fed03
-def tell(*words,    # as for print
-         file=None, # where to; None: the standard output
-         end='\n'   # what follows the words
+def tell(*words: object, # as for print
+         file: object = None, # where to; None: the standard output
+         end: str = '\n' # what follows the words
         ):
     "Print a line at once; a closed pipe, a lost terminal or a full disk stops nothing."
     file, text = file or sys.stdout, ' '.join(map(str, words))
@@ -223,7 +223,7 @@ def show_images(images: Sequence | torch.Tensor, # images, or a tensor (n, 3, H,
                 titles: list | None = None, # one per image
                 n_cols: int = 8,            # images in a row
                 size: float = 1.2,          # width of one image, inches
-                **imshow                    # passed to `imshow`, e.g. cmap for maps
+                **imshow: object            # passed to `imshow`, e.g. cmap for maps
                ) -> plt.Figure:             # the figure
     "Show images in a grid."
     n_rows, n_cols = -(-len(images) // n_cols), min(n_cols, len(images))

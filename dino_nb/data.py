@@ -52,7 +52,7 @@ IMAGE_EXTENSIONS = tuple(end for name in IMAGE_FORMATS for end in _SUFFIXES[name
 # %% ../nbs/02_data.ipynb #94e88d19
 DARK = 2**14  # 16-bit pictures that stay below a quarter of the range are refused
 
-def check_value_range(value_range # two numbers, or None
+def check_value_range(value_range: tuple | None # two numbers, or None
                      ) -> tuple[float, float] | None: # likewise
     "Return the values that are shown black and white, if they are two rising numbers."
     if value_range is None: return None
@@ -321,7 +321,8 @@ class ImageFiles:
 
     def __getitem__(self, i): return self.decoded(i)[0]
 
-    def decoded(self, i, reduce=None) -> tuple: # (3, H, W) uint8, (height, width) in the file
+    def decoded(self, i: int, reduce: callable = None
+               ) -> tuple: # (3, H, W) uint8, (height, width) in the file
         "Return an image, smaller if reduce and the settings allow it, and its size."
         return _decoded(*self.open(i), self.value_range, reduce if self.decode == 'fast' else None)
 
@@ -352,7 +353,7 @@ def _as_rgb(item) -> torch.Tensor:
 class ImageSource(Dataset):
     "Images of any origin: numbered, named, uint8 RGB of shape (3, H, W), perhaps with labels."
     def __init__(self,
-                 items,                              # (N, 3, H, W) uint8, or anything with an index
+                 items: object,                      # (N, 3, H, W) uint8, or anything with an index
                  names: list[str],                   # one per image
                  labels: torch.Tensor | None = None, # (N,) int64
                  classes: list[str] | None = None,   # name of each label
@@ -391,7 +392,7 @@ def _origin(items, i: int = 0) -> tuple:
 @patch
 def read(self: ImageSource,
          i: int,      # index, 0 to N - 1
-         reduce=None  # (height, width) -> 1, 2, 4 or 8: how much smaller it may be decoded
+         reduce: callable = None # (height, width) -> 1, 2, 4 or 8: smaller by how much it may be
         ) -> tuple:   # (3, H, W) uint8, (height, width) before it was made smaller
     "Return an image and its size; it is smaller where `reduce` and the decoding allow it."
     i = range(len(self))[i]                      # IndexError beyond the end
@@ -584,7 +585,7 @@ def _beside(path: Path, splits: list[Path]) -> list[str]:
     return [f'left out beside them: {listed(sorted(found))}'] if found else []
 
 # %% ../nbs/02_data.ipynb #4223716f
-def open_images(source,                           # folder, list, Dataset, images or tensor
+def open_images(source: object,                   # folder, list, Dataset, images or tensor
                 labelled: bool = True,            # False: first-level folders are no classes
                 classes: list[str] | None = None  # numbering of class folders; None: alphabetical
                ) -> ImageSource:                  # uint8 RGB images
@@ -602,7 +603,7 @@ def open_images(source,                           # folder, list, Dataset, image
                      'images in a file, a Dataset, or a sequence of images.')
 
 # %% ../nbs/02_data.ipynb #89d2fe57
-def open_train(source           # as in open_images
+def open_train(source: object # as in open_images
               ) -> tuple[ImageSource, Path | None]: # images; the folder to test on, not yet opened
     "Open a folder's train images; without train and test folders, (all images, None)."
     path = Path(source).expanduser() if isinstance(source, (str, Path)) else None
@@ -613,7 +614,7 @@ def open_train(source           # as in open_images
                        *_beside(path, splits)]
     return train, splits[1]
 
-def find_splits(source           # as in open_images
+def find_splits(source: object # as in open_images
                ) -> tuple[ImageSource, ImageSource | None]: # (train, test)
     "Open a folder's train and val or test images; without such folders, (all images, None)."
     train, test = open_train(source)

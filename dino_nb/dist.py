@@ -208,7 +208,7 @@ def gather_list(items: list # plain values; their number may differ between proc
 
 # %% ../nbs/21_dist.ipynb #5f394466
 def on_rank0(func: Callable, # called with args, in the main process only
-             *args           # its arguments
+             *args: object   # its arguments
             ) -> object:     # what it returned, in every process
     "Call a function in the main process; every process gets its result or its error."
     if not dist.is_initialized(): return func(*args)

@@ -165,7 +165,7 @@ def evaluate_knn(backbone: nn.Module,   # images (B, 3, h, w) to features (B, D)
                  ks: Sequence[int] = (10, 20, 100, 200), # neighbours that vote
                  temperature: float = 0.07,   # of the votes' weights, above 0
                  world: World = World(),      # this process among all, which share the work
-                 **options              # for extract_features: batch_size, n_workers, dtype
+                 **options: object      # for extract_features: batch_size, n_workers, dtype
                 ) -> dict[int, Accuracy]: # k -> shares of the test images
     "Return the k-NN accuracy of a backbone's features on labelled images."
     extract = partial(extract_features, backbone, size=size, crop_ratio=crop_ratio, **options)

@@ -11,6 +11,7 @@ import inspect
 import json
 import time
 import warnings
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -330,7 +331,7 @@ class _Clock:
         self.seconds += passed
         return passed
 
-    def watch(self, stream):
+    def watch(self, stream: Iterable):
         "Yield the items of a stream and add up how long each one took to come."
         stream = iter(stream)
         while True:
@@ -403,8 +404,8 @@ def _take_up_log(path, step, report):
 @patch
 def fit(self: Learner,
         folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
-        evaluate=None,              # function of the run that returns a dict of numbers
-        report=print                # called with every line of progress
+        evaluate: callable = None,  # function of the run that returns a dict of numbers
+        report: callable = print    # called with every line of progress
        ) -> list[dict]:             # the rows of the log
     "Train from the current step to the end, or until a signal asks to stop."
     rows, clock, config, unread = self._open_log(folder, report), _Clock(), self.config, []

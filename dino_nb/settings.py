@@ -197,7 +197,7 @@ def _without_vit_settings(recipe: dict, backbone: str) -> dict:
     return recipe
 
 def make_config(recipe: str = 'tiny', # a name from RECIPES
-                **settings            # single settings, which override the recipe
+                **settings: object    # single settings, which override the recipe
                ) -> TrainConfig:      # checked settings of a run
     "Return the settings of a recipe, with single settings overridden."
     check_choice('recipe', recipe, RECIPES)

@@ -153,7 +153,7 @@ class _Members(ImageFiles):
         return os.pread(file.fileno(), int(self.size[i]), int(self.offset[i]))
 
 # %% ../nbs/06_shards.ipynb #acf8a1d7
-def is_shards(source # anything `open_images` takes, or a pattern of tars
+def is_shards(source: object # anything `open_images` takes, or a pattern of tars
              ) -> bool: # True for 'shards/{000..099}.tar'
     "Return whether a source is the name of one or many tars."
     if not isinstance(source, (str, Path)): return False

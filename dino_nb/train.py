@@ -24,6 +24,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -189,7 +190,7 @@ def clear_folder(folder: Path): # a run's folder
 # %% ../nbs/90_train.ipynb #c8349829
 def _n_readers(bank, config): return 0 if bank.images is not None else count_workers(config.workers)
 
-def knn_top1(backbone,            # a network that turns images into features
+def knn_top1(backbone: torch.nn.Module, # a network that turns images into features
              bank: ImageSource,   # labelled images to look neighbours up in
              test: ImageSource,   # labelled images to classify
              config: TrainConfig, # settings of the run
@@ -214,7 +215,7 @@ def baselines(bank: ImageSource,  # labelled images to look neighbours up in
     return {'raw pixels': pixels[20].top1, 'random init': random_init[20]}
 
 # %% ../nbs/90_train.ipynb #aec96c5c
-def attention_views(images,             # uint8 images (3, H, W)
+def attention_views(images: Sequence,   # uint8 images (3, H, W)
                     config: TrainConfig # settings of the run
                    ) -> torch.Tensor:   # (n, 3, h, w) normalized, twice the training size
     "Return the views on which attention is looked at."
@@ -223,7 +224,7 @@ def attention_views(images,             # uint8 images (3, H, W)
     return eval_views(images, doubled, config.eval_crop)
 
 # %% ../nbs/90_train.ipynb #f6785724
-def attention_scores(backbone,            # a vision transformer
+def attention_scores(backbone: torch.nn.Module, # a vision transformer
                      shapes: Shapes,      # images with masks
                      config: TrainConfig, # settings of the run
                      mass: float = 0.8    # share of the attention that makes a mask, in (0, 1]
@@ -248,7 +249,7 @@ def describe(config: TrainConfig # settings of a run
                                    subsequent_indent='  '))
     return '\n'.join(lines)
 
-def say(world: World, *words):
+def say(world: World, *words: object):
     "Print on the first process only, at once; what is not printable is escaped."
     lines = ' '.join(map(str, words)).split('\n')
     if world.is_main: print(*(line and shown(line, 10**6) for line in lines), sep='\n', flush=True)
@@ -333,7 +334,7 @@ def result_lines(summary: dict # as `summarize` returns it
 # %% ../nbs/90_train.ipynb #1cab67ca
 @contextmanager
 def sentences(status: int, # exit status
-              *errors):    # kinds of errors that are the user's to mend
+              *errors: type): # kinds of errors that are the user's to mend
     "Turn an error into one sentence and an exit status."
     try: yield
     except errors as error:

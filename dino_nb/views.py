@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing import active_children
 from typing import NamedTuple
@@ -217,10 +218,10 @@ def _start(queue: _Queue, read, n_workers: int, pin: bool):
     threading.Thread(target=queue.watch, daemon=True).start()
 
 # %% ../nbs/05_views.ipynb #d482438a
-def read_ahead(read,              # function of a task; returns tensors in tuples and lists
-               tasks,             # an iterable of what it is called with
+def read_ahead(read: callable,    # function of a task; returns tensors in tuples and lists
+               tasks: Iterable,   # an iterable of what it is called with
                n_workers: int = 0, # processes that call it; 0: this one, when asked
-               name=str,          # function of a task; returns how a message calls it
+               name: callable = str, # function of a task; returns how a message calls it
                pin: bool = False  # put tensors where a GPU can fetch them itself
               ):                  # yields read(task), in the order of the tasks
     "Yield what is read for every task; workers read some tasks ahead."
@@ -244,7 +245,7 @@ def count_workers(workers: int # as in the settings; -1: one per core, at most 8
     return min(8, os.cpu_count()) if workers < 0 else workers
 
 def file_views(source: Dataset,        # source[i] is a uint8 image (3, H, W), or raises BadImage
-               sampler,                # yields a list of (epoch, index) per step
+               sampler: Iterable,      # yields a list of (epoch, index) per step
                settings: ViewSettings, # sizes, scales and strengths
                seed: int,              # seed of the run
                device: torch.device,   # where the views are wanted
@@ -259,7 +260,7 @@ def file_views(source: Dataset,        # source[i] is a uint8 image (3, H, W), o
 # %% ../nbs/05_views.ipynb #5062010b
 def memory_views(images: torch.Tensor,   # (N, 3, H, W) uint8, on the device that trains
                  sizes: torch.Tensor,    # (N, 2) height and width of each within H and W
-                 sampler,                # yields a list of (epoch, index) per step
+                 sampler: Iterable,      # yields a list of (epoch, index) per step
                  settings: ViewSettings, # sizes, scales and strengths
                  seed: int               # seed of the run
                 ):                       # yields ([(2B, 3, H, W), (L·B, 3, h, w)], [])
@@ -304,7 +305,7 @@ def cache_images(source: Dataset,      # source[i] is a uint8 image (3, H, W), o
     return images.to(device), sizes, list(dict.fromkeys(sum(bad, [])))
 
 # %% ../nbs/05_views.ipynb #fb09a1ab
-def prefetch(stream,              # yields (list of tensors on the device, anything)
+def prefetch(stream: Iterable,    # yields (list of tensors on the device, anything)
              device: torch.device # cuda: one item ahead, in a stream of its own; else as it is
             ):                    # yields the same items
     "Make each item of a stream of views while the one before it is being used."

@@ -158,7 +158,7 @@ LATE = ['--embed-dim 97 --num-heads 3', '--batch-size 10000', '--batch-size 15 -
         '--embed-dim 100000 --num-heads 1 --depth 256', '--head-layers 100 --hidden-dim 100000',
         '--global-size 10000 --local-size 10000 --n-local 1000', '--loss mse --target sinkhorn',
         '--target sinkhorn --batch-size 1', '--use-bn --batch-size 1', '--head-layers 0',
-        '--backbone resnet18', '--global-size 8 --patch-size 16',
+        '--backbone resnet18 --patch-size 8', '--global-size 8 --patch-size 16',
         '--patch-size 7', '--predictor 100000 --out-dim 100000000', '--num-heads 97']
 
 
