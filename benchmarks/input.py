@@ -1,11 +1,13 @@
 """Images per second and core from a JPEG of 500 x 375 to 2 x 224 and 8 x 96 views: the published
-way (PIL, one transform per view) and ours; then images in memory, batched and one by one.
+way (PIL, one transform per view) and ours; then images in memory, batched and one by one; then
+photographs of 12 megapixels, decoded whole and no larger than their crops need.
 
     python benchmarks/input.py --images FOLDER --write
 """
 import argparse
 import random
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import common
@@ -14,9 +16,10 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms as T
 
 from dino_nb.augment import ViewSettings, crop_views, crop_views_batched, sample_views
-from dino_nb.data import decode_image
+from dino_nb.data import decode_image, open_images
+from dino_nb.features import eval_views
 from dino_nb.photometric import photometric_views
-from dino_nb.views import ViewBatch, collate_views, to_views
+from dino_nb.views import MultiCrop, ViewBatch, collate_views, to_views
 
 SIZE, CPU = (500, 375), torch.device('cpu')
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -55,14 +58,14 @@ def photographs(folder):
     "Return the paths of all images of the right size below a folder."
     return [path for path in sorted(Path(folder).glob('*')) if Image.open(path).size == SIZE]
 
-def synthesised(folder, n=16):
-    "Write n JPEGs of smooth clouds with grain, whose size in bytes is that of photographs."
+def synthesised(folder, n=16, size=SIZE, grain=0.08):
+    "Write n JPEGs of clouds with grain, whose size in bytes is that of photographs."
     generator, paths = torch.Generator().manual_seed(0), []
     for i in range(n):
         layers = [torch.nn.functional.interpolate(
-            torch.rand(1, 3, s, s, generator=generator), SIZE[::-1], mode='bicubic')[0] / s ** 0.5
-                  for s in (2, 4, 8, 16, 32, 64, 128)]
-        image = sum(layers) + 0.08 * torch.randn(1, *SIZE[::-1], generator=generator)
+            torch.rand(1, 3, s, s, generator=generator), size[::-1], mode='bicubic')[0] / s ** 0.5
+                  for s in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024) if s < min(size) / 2]
+        image = sum(layers) + grain * torch.randn(1, *size[::-1], generator=generator)
         image = (image - image.min()) / (image.max() - image.min())
         paths.append(Path(folder) / f'{i}.jpg')
         T.ToPILImage()(image).save(paths[-1], quality=92)
@@ -117,9 +120,36 @@ def memory_ladder(size, batch=64):
     yield f'{size} px in memory, one by one', one_by_one, published
 
 
+def large_ladder(folder):
+    "Yield (rung, work, baseline) for photographs of 12 megapixels in a folder."
+    crops = {how: MultiCrop(open_images(folder).set_decoding(decode=how), ViewSettings())
+             for how in ('exact', 'fast')}
+    def crop(how): return [crops[how][0, i] for i in range(len(crops[how]))]
+    def color(how): return [to_views(batch, CPU) for batch in crop(how)]
+    for name, work in (('decode, crop, resize', crop), ('decode, ten views with color', color)):
+        for how in ('exact', 'fast'):
+            yield f'12 megapixels, {how}: {name}', partial(work, how), partial(work, 'exact')
+
+def differences(folder):
+    "Print by how many of 255 gray levels fast decoding changes crops and evaluation views."
+    exact, fast = (open_images(folder).set_decoding(decode=how) for how in ('exact', 'fast'))
+    def levels(name, a, b):
+        off = (a.float() - b.float()).abs()
+        print(f'{name}: mean {off.mean():.2f}, largest {off.max():.0f} of 255 gray levels')
+    crops = [zip(*(MultiCrop(source, ViewSettings())[0, i].crops for i in range(len(source))))
+             for source in (exact, fast)]
+    for name, a, b in zip(('global crops', 'local crops'), *crops):
+        levels(name, torch.cat(a), torch.cat(b))
+    whole, small = ([source.read(i, lambda h, w: 8)[0] for i in range(len(source))]
+                    for source in (exact, fast))
+    scale = 255 * torch.tensor(STD)[:, None, None]
+    levels('evaluation views', eval_views(whole, 224) * scale, eval_views(small, 224) * scale)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument('--images', default='', help='folder of JPEGs; those of 500 x 375 are used')
+    parser.add_argument('--only', default='', help='only the rungs whose name holds this')
     parser.add_argument('--repeats', type=int, default=7)
     parser.add_argument('--wait', type=float, default=5, help='minutes to wait for a quiet machine')
     parser.add_argument('--write', action='store_true', help='append to results/input.csv')
@@ -132,10 +162,16 @@ def main():
         print(f'{len(paths)} {kind} of 500 x 375, {mean / 1e3:.0f} kB each, one thread')
         rungs = [(*rung, len(paths)) for rung in file_ladder(paths)]
         rungs += [(*rung, 64) for size in (32, 48) for rung in memory_ladder(size)]
+        (large := Path(folder) / 'large').mkdir()
+        synthesised(large, n=4, size=(4000, 3000), grain=0.02)
+        differences(large)
+        rungs += [(*rung, 4) for rung in large_ladder(large)]
+        rungs = [rung for rung in rungs if args.only in rung[0]]
         rows, load = [], common.wait_until_quiet(minutes=args.wait)
         for name, work, baseline, n_images in rungs:
             times = common.compare(work, baseline, CPU, args.repeats)
-            rows.append(dict(rung=name, images=kind if 'px' not in name else 'noise',
+            rows.append(dict(rung=name, images=('noise' if 'px' in name else
+                                     'synthesised' if 'megapixels' in name else kind),
                              images_per_second=n_images / times['seconds'],
                              images_per_cpu_second=n_images / times['cpu_seconds']) | times
                         | dict(load_before=load))
