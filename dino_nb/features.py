@@ -146,5 +146,5 @@ def raw_pixel_features(source: ImageSource, # N images of any sizes
                       ) -> torch.Tensor:    # (N, 3 size²) float32 in [-0.5, 0.5]
     "Return the pixels of area-averaged small images as features, the baseline without a network."
     check_range('size', size, 1)
-    return _rows(lambda batch: batch, source, partial(_thumbnail, size=size), (size, size),
+    return _rows(lambda batch: batch, source, partial(_thumbnail, size=size), (32 * size,) * 2,
                  256, n_workers, bad, 'raw pixels')

@@ -1,5 +1,6 @@
 "Pictures as people have them: what is opened, what it looks like, and what is said about the rest."
 import io
+import json
 import os
 import re
 import socket
@@ -7,14 +8,21 @@ import struct
 import subprocess
 import sys
 import tarfile
+from contextlib import redirect_stderr, redirect_stdout
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
-from dino_nb.data import BadImage, IMAGE_EXTENSIONS, decode_image, open_images
+from dino_nb.augment import ViewSettings, crop_views, sample_views
+from dino_nb.data import IMAGE_EXTENSIONS, BadImage, ImageSource, decode_image, open_images
+from dino_nb.features import extract_features, raw_pixel_features
+from dino_nb.shapes import Shapes
 from dino_nb.shards import BadShard, open_shards
+from dino_nb.train import main
+from dino_nb.views import MultiCrop, file_views
+from processes import SMALL
 
 EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n'
 
@@ -202,3 +210,90 @@ def test_the_limit_of_pixels_is_said_in_our_words(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1_000_000)
     Image.new('L', (2000, 1100)).save(tmp_path/'a.png')
     assert reason(tmp_path/'a.png').startswith('it has more than 2 megapixels; shrink it, cut it')
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    "Three JPEGs of 4.3 megapixels with edges and texture, in two class folders"
+    folder = tmp_path_factory.mktemp('photographs')
+    for i in range(3):
+        random = np.random.default_rng(i)
+        coarse = Image.fromarray(random.integers(0, 256, (18, 24, 3), dtype=np.uint8))
+        image = np.asarray(coarse.resize((2400, 1800), Image.Resampling.NEAREST)).astype(int)
+        image = (image + random.normal(0, 6, (1800, 2400, 1))).clip(0, 255).astype(np.uint8)
+        (folder/f'{i % 2}').mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder/f'{i % 2}'/f'{i}.jpg', quality=90)
+    return folder
+
+
+def test_fast_decoding_changes_crops_by_little_and_nothing_else(photographs):
+    settings = ViewSettings(global_size=64, local_size=32, n_local=4)
+    exact, fast = (MultiCrop(open_images(photographs).set_decoding(decode=how), settings, seed=3)
+                   for how in ('exact', 'fast'))
+    for i in range(3):
+        a, b = exact[5, i], fast[5, i]
+        for one, other in zip(a.params, b.params): assert torch.equal(one, other)
+        for one, other in zip(a.crops, b.crops):
+            off = (one.int() - other.int()).abs().float()
+            assert 0 < off.mean() < 5          # gray levels; edges as sharp as these are rare
+    # what does not come from a large JPEG is the same, bit for bit
+    images = Shapes(2, size=96).images
+    source = ImageSource(images, ['a', 'b']).set_decoding(decode='fast')
+    params = sample_views(settings, 0, 1, [1], [(96, 96)]).rows(0)
+    crops = MultiCrop(source, settings)[1, 1].crops, crop_views(images[1], params, settings)
+    for a, b in zip(*crops): assert torch.equal(a, b)
+
+
+def test_fast_views_are_the_same_in_any_number_of_workers(photographs):
+    source, settings = open_images(photographs).set_decoding(decode='fast'), ViewSettings(n_local=2)
+    views = [list(file_views(source, [[(0, 2), (1, 0)]], settings, 0, torch.device('cpu'), n))
+             for n in (0, 2)]
+    for a, b in zip(views[0][0][0], views[1][0][0]): assert torch.equal(a, b)
+
+
+def test_evaluation_of_large_photographs(photographs):
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())
+    exact, fast = (extract_features(network, open_images(photographs).set_decoding(decode=how), 64)
+                   for how in ('exact', 'fast'))
+    assert 0 < (exact - fast).abs().mean() < 0.03        # of a standard deviation of the pixels
+    pixels = [raw_pixel_features(open_images(photographs).set_decoding(decode=how))
+              for how in ('exact', 'fast')]
+    off = (pixels[0] - pixels[1]).abs()
+    assert off.mean() < 0.003 and off.max() < 0.02
+
+
+def test_small_jpegs_are_decoded_as_ever(images):
+    exact, fast = (open_images(images).set_decoding(decode=how) for how in ('exact', 'fast'))
+    for i in range(len(exact)):
+        assert torch.equal(exact[i], fast.read(i, lambda height, width: 8)[0])
+
+
+def run_main(folder, *words):
+    "Exit status and what the script prints, run in this process"
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try: main([*map(str, words), '--out', str(folder), *SMALL])
+        except SystemExit as end: status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def test_the_value_range_of_a_run(tmp_path):
+    "Microscope pictures: refused with the range, then trained with it, which the record holds"
+    for i in range(20):
+        values = np.random.default_rng(i).integers(0, 4096, (48, 48)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path/f'{i}.png')
+    status, out, err = run_main(tmp_path/'run', '--data', tmp_path)
+    assert status == 2 and '--value-range 0 4095' in err and not (tmp_path/'run').exists()
+    assert err.count('\n') == 1 and len(err) < 1000
+    words = '--data', tmp_path, '--value-range', 0, 4095, '--decode', 'exact'
+    status, out, err = run_main(tmp_path/'run', *words)
+    assert (status, err) == (0, '')
+    record = json.loads((tmp_path/'run'/'config.json').read_text())
+    assert (record['value_range'], record['decode']) == ([0, 4095], 'exact')
+    assert 'finished' in run_main(tmp_path/'run', *words)[1]
+    for name in ('value_range', 'decode'): del record[name]      # as an older version wrote it
+    (tmp_path/'run'/'config.json').write_text(json.dumps(record))
+    assert 'finished' in run_main(tmp_path/'run', *words)[1]
+    for wrong in (['5', '1'], ['7'], ['a', 'b']):
+        status, out, err = run_main(tmp_path/'no', '--data', tmp_path, '--value-range', *wrong)
+        assert status == 2 and err.count('\n') == 1 and 'value' in err
