@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resample_positions', 'DINOViT', 'reason_of', 'check_backbone', 'create_backbone', 'Tokens', 'backbone_tokens',
-           'set_fused_attention', 'network_dtype']
+           'set_fused_attention', 'convolves', 'network_dtype']
 
 # %% ../nbs/14_backbone.ipynb #f3f88299
 import re
@@ -186,11 +186,16 @@ def set_fused_attention(model: nn.Module, # any network of timm
     return len(layers)
 
 # %% ../nbs/14_backbone.ipynb #67e0a49d
+def convolves(network: nn.Module # any
+             ) -> bool: # False: no convolution but of patches
+    "Return whether a network has convolutions whose windows overlap."
+    layers = [m for m in network.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    return any(layer.kernel_size != layer.stride for layer in layers)
+
 def network_dtype(network: nn.Module,  # with its weights in float32, or in float64
                   device: torch.device # where it will run
                  ) -> torch.dtype:     # of its products
     "Return the fastest dtype that can be trusted, float32 for convolutions on CPUs."
     weights = next(network.parameters(), torch.empty(0)).dtype
-    convolves = any(isinstance(m, nn.modules.conv._ConvNd) and m.kernel_size != m.stride
-                    for m in network.modules())
-    return weights if convolves and device.type == 'cpu' else default_dtype(device, weights)
+    if device.type == 'cpu' and convolves(network): return weights
+    return default_dtype(device, weights)

@@ -122,7 +122,7 @@ def knn_accuracy(train_features: torch.Tensor, # (N, D), any length per row
             for k in ks}
 
 # %% ../nbs/31_knn.ipynb #63d2a682
-class NotFinite(ValueError):
+class NotFinite(FloatingPointError):
     "Features that are no numbers, of a network whose weights or products went out of range."
 
 def _share(extract, source, world, name):

@@ -347,13 +347,18 @@ class _Clock:
 MAX_IN_A_ROW = 10  # steps left out before a run gives up
 
 @patch
+def patience(self: Learner) -> int: # steps in a row
+    "Return how many steps may be left out; a scaler halves its factor 16 times to come to 1."
+    return MAX_IN_A_ROW + (16 if self.scaler.is_enabled() else 0)
+
+@patch
 def _count_skipped(self: Learner, folder: Path | None) -> bool: # was the latest step left out?
     "Count the steps that were left out since the last call; give up after ten in a row."
     flags = torch.stack(self.flags).tolist() if self.flags else []
     for step, flag in enumerate(flags, self.step - len(flags)):
         self.skipped += flag
         self.in_a_row = self.in_a_row + 1 if flag else 0
-        if self.in_a_row == MAX_IN_A_ROW: self._give_up(step, folder)
+        if self.in_a_row == self.patience(): self._give_up(step, folder)
     self.flags = []
     return self.in_a_row > 0
 
@@ -362,11 +367,11 @@ def _give_up(self: Learner, step: int, folder: Path | None):
     "Write down the images of the steps left out last, and raise a FloatingPointError."
     sampler = StepSampler(len(self.source), self.config.batch_size, order=self.sampler.order)
     images = {t: [(epoch, i, self.source.name(i)) for epoch, i in sampler.batch(t)]
-              for t in range(step + 1 - MAX_IN_A_ROW, step + 1)}
+              for t in range(step + 1 - self.patience(), step + 1)}
     if folder and self.world.is_main:
         write_text(folder/'bad_steps.json', json.dumps(images, indent=1))
     raise FloatingPointError(
-        f'{MAX_IN_A_ROW} steps in a row up to step {step} had gradients that are not finite and '
+        f'{self.patience()} steps in a row up to step {step} had gradients that are not finite and '
         'were left out. The weights before them are in the checkpoint, the images of these steps '
         'in bad_steps.json. Lower lr, or use bfloat16 or float32.')
 

@@ -6,8 +6,8 @@
 __all__ = ['FILES', 'LEFTOVERS', 'RECORD', 'RESTARTS', 'open_data', 'run_folder', 'run_record', 'read_record', 'check_folder',
            'clear_folder', 'knn_top1', 'baselines', 'attention_views', 'attention_scores', 'describe', 'say', 'figures',
            'draw', 'summarize', 'result_lines', 'sentences', 'quiet_if_others_die', 'check_device', 'names_recipe',
-           'choose_settings', 'memory_needs', 'check_memory', 'prepare', 'claim', 'resume', 'train', 'publish',
-           'read_summary', 'announce', 'main']
+           'choose_settings', 'memory_needs', 'check_memory', 'try_network', 'prepare', 'claim', 'resume', 'train',
+           'publish', 'read_summary', 'announce', 'main']
 
 # %% ../nbs/90_train.ipynb #7c167a79
 if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in globals():
@@ -15,6 +15,13 @@ if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in
     import sys
     sys.path[0] = str(pathlib.Path(__file__).resolve().parent.parent)
     __package__ = 'dino_nb'
+
+# %% ../nbs/90_train.ipynb #32ebf0e3
+if '__file__' in globals():
+    import os
+    import sys
+    is_script = __name__ == '__main__' or sys.argv[0].endswith('dino_train')
+    if is_script: os.environ['MPLBACKEND'] = 'agg'
 
 # %% ../nbs/90_train.ipynb #feaba1a5
 import json
@@ -34,24 +41,27 @@ import torch
 
 from . import __version__
 from .attention import (attention_maps, attention_share, best_head_jaccard, mass_mask,
-                               show_attention)
+                               reads_class_token, show_attention)
 from .augment import ViewSettings
+from .backbone import convolves, reason_of
 from .checkpoint import (LOCK, BadCheckpoint, FellBack, FolderLock, check_like,
                                 load_checkpoint, new_file, plot_curves, read_json, set_aside,
                                 write_log, write_text)
 from .collapse import USUAL_RATES, check_config, suggest_recipe
-from .core import check_range, counted, default_of, free_memory, progress, shown
+from .core import (autocast, check_range, counted, default_dtype, default_of, free_memory,
+                          generator, progress, shown)
 from .data import (ImageSource, TooManyBadFiles, check_images, open_images, open_train,
                           probe_split)
 from .dist import (World, close_dist, gather_list, init_dist, on_rank0,
                           whole_weights)
-from .features import eval_views
-from .knn import evaluate_knn, pixel_knn
-from .learner import Learner, build_student
+from .features import eval_views, evaluation_mode
+from .knn import NotFinite, evaluate_knn, pixel_knn
+from .learner import Learner, build_student, run_dtype
 from .settings import (RECIPES, TrainConfig, config_changes, config_record, make_config,
                               setting_docs, typed_settings)
 from .shapes import Shapes
 from .shards import is_shards, open_shards
+from .teacher import make_teacher
 from .views import MultiCrop, check_cache, count_workers, show_views
 
 # %% ../nbs/90_train.ipynb #8cce6c3d
@@ -195,11 +205,11 @@ def knn_top1(backbone: torch.nn.Module, # a network that turns images into featu
              test: ImageSource,   # labelled images to classify
              config: TrainConfig, # settings of the run
              world: World = World() # this process among all, which share the work
-            ) -> dict[int, float]:  # k -> top-1 accuracy in [0, 1]; {}: too many bad files
+            ) -> dict[int, float]:  # k -> top-1 accuracy in [0, 1]; {}: there is none
     "Return the k-NN accuracy of a backbone's features."
     try: found = evaluate_knn(backbone, bank, test, config.global_size, config.eval_crop,
                               world=world, n_workers=_n_readers(bank, config))
-    except TooManyBadFiles as error: say(world, f'note: no k-NN: {error}'); return {}
+    except (TooManyBadFiles, NotFinite) as error: say(world, f'note: no k-NN: {error}'); return {}
     return {k: accuracy.top1 for k, accuracy in found.items()}
 
 def baselines(bank: ImageSource,  # labelled images to look neighbours up in
@@ -270,7 +280,7 @@ def figures(run: Learner,     # a finished run
     drawn = {'views.png': lambda: show_views(source, config, config.seed,
                                              n_images=min(4, len(source))),
              'curves.png': lambda: plot_curves(rows, levels)}
-    return drawn | ({'attention.png': attention} if hasattr(backbone, 'blocks') else {})
+    return drawn | ({'attention.png': attention} if reads_class_token(backbone) else {})
 
 def draw(drawn: dict,       # as figures returns it
          folder: Path,      # where the figures go
@@ -297,7 +307,7 @@ def summarize(run: Learner,      # a finished run
         if found := knn_top1(network.backbone, bank, test, config, run.world):
             result[f'knn_{name}'] = found
     result['baselines'] = levels
-    if config.data == 'shapes' and hasattr(run.teacher.backbone, 'blocks'):
+    if config.data == 'shapes' and reads_class_token(run.teacher.backbone):
         untrained = build_student(config).backbone.to(run.device)
         result['attention'] = {
             name: attention_scores(backbone, Shapes(500, split='test'), config)
@@ -425,6 +435,43 @@ def check_memory(config: TrainConfig,   # settings of a run
                      f'more, and {world.device} has {free / 2**30:,.1f} GiB free; lower '
                      f'{max(needs, key=needs.get)}.')
 
+# %% ../nbs/90_train.ipynb #b6229723
+def try_network(config: TrainConfig, # settings of a run
+                device: torch.device # where it will run
+               ):
+    "Raise a ValueError unless the networks take the views that the run will show them."
+    student = build_student(config)
+    dtype = run_dtype(config, student, device)
+    student = student.to(device, torch.promote_types(torch.float32, dtype))
+    teacher, random = make_teacher(student).backbone, generator(config.seed, 'trial')
+    if config.recompute: student.backbone.set_grad_checkpointing()
+
+    def train(views):
+        with autocast(device, dtype): logits = student(views)
+        logits.float().mean().backward()
+
+    def evaluate(views):
+        with evaluation_mode(teacher), autocast(device, dtype): features = teacher(views)
+        if features.shape == (len(views), teacher.embed_dim) and features.isfinite().all(): return
+        raise ValueError(f'features have shape {tuple(features.shape)} or are not finite')
+
+    for (_, (h, w)), name in zip(config.resolutions(), ('global_size', 'local_size')):
+        views = torch.randn(4, 3, h, w, generator=random).to(next(student.parameters()))
+        what = f'{name} {shown(getattr(config, name))}'
+        _attempt(config, what, train, views)
+        if name == 'local_size': continue
+        _attempt(config, f'{what} in evaluation', evaluate, views)
+        if reads_class_token(teacher):
+            larger = views[:1].repeat(1, 1, 2, 2)
+            _attempt(config, f'twice its {what}', attention_maps, teacher, larger)
+
+def _attempt(config, what, call, *args):
+    "Call a function; if the network fails, say in one sentence at what and why."
+    try: call(*args)
+    except torch.OutOfMemoryError: raise
+    except Exception as error:
+        raise ValueError(f'{config.backbone} does not take {what}: {reason_of(error)}.') from error
+
 # %% ../nbs/90_train.ipynb #84beb6d3
 RESTARTS = 'TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'  # above 0 in later attempts
 
@@ -444,6 +491,7 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     check_memory(config, world)
     folder = on_rank0(check_folder, config, train, (*reasons,))
     if config.cache == 'device' and train.images is None: check_cache(train, world.device)
+    try_network(config, world.device)
     return Learner(config, train, world), bank, test, folder, reasons
 
 # %% ../nbs/90_train.ipynb #f0f5bc02
@@ -563,12 +611,22 @@ def announce(run: Learner, folder: Path, reasons: dict):
     for name, why in reasons.items(): tell(f'  {name} {getattr(run.config, name):g}: {why}')
     tell(f'{len(run.source):,} images, {n_params/1e6:.1f} M parameters, {run.n_steps} steps, '
          f'{run.device} {run.dtype}, {run.world.size} process(es)')
-    for note in run.source.notes: tell('note:', note)
+    for note in [*run.source.notes, *_precision_notes(run)]: tell('note:', note)
     for warning in check_config(run.config, len(run.source)): tell('warning:', warning)
     if run.n_steps < 1000:
         wanted = -(-1000 // run.steps_per_epoch)
         tell(f'note: {run.n_steps} steps are few; DINO needs thousands to learn anything. '
              f'With these images, --epochs {wanted} or more.')
+
+def _precision_notes(run):
+    "What is to be said of the precision of a network that convolves on a CPU."
+    if run.device.type != 'cpu' or not convolves(run.student): return
+    if run.config.precision == 'auto' and default_dtype(run.device) == torch.bfloat16: yield (
+        'float32, because gradients of convolutions in bfloat16 are not always finite on CPUs; '
+        'with --precision bfloat16 such steps are left out and counted.')
+    if run.dtype in (torch.bfloat16, torch.float16): yield (
+        f'precision {run.config.precision}: gradients of convolutions are not always finite on '
+        'CPUs then; such steps are left out and counted.')
 
 # %% ../nbs/90_train.ipynb #57662767
 def main(argv: list[str] | None = None): # words of the command line; None: sys.argv

@@ -70,13 +70,14 @@ def check_life(config, tmp_path):
     pace = 'images_per_second', 'waiting'
     for row in rows + again:
         for name in pace: del row[name]
-    assert rows == again and [row['step'] for row in rows if 'knn_teacher' in row] == [4, 8]
+    assert rows == again
     start, last = Learner(config, SHAPES).student.head.last_layer, whole.student.head.last_layer
     for name, param in whole.student.named_parameters(): assert param.isfinite().all(), name
     for name, param in last.named_parameters():
         moved = not torch.equal(param, getattr(start, name))
         assert moved == param.requires_grad, f'{name} was frozen for one epoch only'
-    if config.precision != 'float16': assert not whole.skipped
+    if config.precision == 'float16': return  # its scaler looks for a factor, and leaves steps out
+    assert not whole.skipped and [r['step'] for r in rows if 'knn_teacher' in r] == [4, 8]
 
 
 FACTORS = dict(
