@@ -307,7 +307,8 @@ def summarize(run: Learner,      # a finished run
         if found := knn_top1(network.backbone, bank, test, config, run.world):
             result[f'knn_{name}'] = found
     result['baselines'] = levels
-    if config.data == 'shapes' and reads_class_token(run.teacher.backbone):
+    looks = config.data == 'shapes' and reads_class_token(run.teacher.backbone)
+    if looks and 'knn_teacher' in result:  # its features are finite
         untrained = build_student(config).backbone.to(run.device)
         result['attention'] = {
             name: attention_scores(backbone, Shapes(500, split='test'), config)

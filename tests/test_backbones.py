@@ -17,9 +17,9 @@ from dino_nb.settings import make_config
 from dino_nb.shapes import Shapes
 from dino_nb.teacher import make_teacher
 
-SHAPES = open_images(Shapes(16, size=64))
+SHAPES = open_images(Shapes(16, size=32))
 FREE = dict(patch_size=None, embed_dim=None, depth=None, num_heads=None, drop_path_rate=0.)
-SMALL = FREE | dict(global_size=64, local_size=32, batch_size=4, epochs=0.75, warmup_epochs=0,
+SMALL = FREE | dict(global_size=32, local_size=16, batch_size=4, epochs=0.75, warmup_epochs=0,
                     freeze_last_layer=0, out_dim=32, hidden_dim=32, bottleneck_dim=16, n_local=1,
                     device='cpu')
 FAMILIES = dict(
@@ -28,7 +28,7 @@ FAMILIES = dict(
     edgenext='edgenext_xx_small', mobilevit='mobilevit_xxs', xcit='xcit_nano_12_p16_224',
     poolformer='poolformer_s12', efficientvit='efficientvit_b0', vit='vit_tiny_patch16_224',
     swin='swin_tiny_patch4_window7_224')
-SHALLOW = dict(vit=dict(depth=2), swin=dict(embed_dim=24))
+SHALLOW = dict(vit=dict(depth=2), swin=dict(embed_dim=24, global_size=64, local_size=32))
 
 
 def small(family, **settings):
@@ -51,7 +51,7 @@ def test_a_family_trains_three_steps_evaluates_and_goes_on(family):
     assert whole.n_steps == 3 == second.step and not whole.skipped
     for name, value in whole.teacher.state_dict().items():
         assert torch.equal(value, second.teacher.state_dict()[name]), name
-    features = extract_features(whole.teacher.backbone, SHAPES, 64)
+    features = extract_features(whole.teacher.backbone, SHAPES, whole.config.global_size)
     assert features.shape == (16, whole.teacher.backbone.embed_dim) and features.isfinite().all()
     assert features.std(0).max() > 0
 
@@ -60,7 +60,7 @@ def test_a_family_trains_three_steps_evaluates_and_goes_on(family):
 def test_a_teacher_draws_no_random_numbers(family):
     try: student = create_backbone(FAMILIES[family], img_size=64, drop_path_rate=0.5)
     except ValueError: student = create_backbone(FAMILIES[family], img_size=64)
-    teacher, seen, views = make_teacher(student.train()), [], torch.rand(4, 3, 64, 64)
+    teacher, seen, views = make_teacher(student.train()), [], torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         for seed in (0, 1): set_seed(seed); seen.append(teacher(views))
     assert teacher.training and torch.equal(*seen)
@@ -68,7 +68,7 @@ def test_a_teacher_draws_no_random_numbers(family):
 
 @pytest.mark.parametrize('family', FAMILIES)
 def test_attention_is_looked_at_where_features_are_a_class_token(family):
-    backbone = create_backbone(FAMILIES[family], img_size=32, **SHALLOW.get(family, {}))
+    backbone = create_backbone(FAMILIES[family], img_size=32)
     assert reads_class_token(backbone) == (family == 'vit')
     if reads_class_token(backbone): assert attention_maps(backbone, torch.rand(1, 3, 32, 32)).sum()
     else: pytest.raises(ValueError, attention_maps, backbone, torch.rand(1, 3, 32, 32))
@@ -76,7 +76,7 @@ def test_attention_is_looked_at_where_features_are_a_class_token(family):
 
 def accuracies(run):
     "k-NN of student and teacher, whose test images the processes share"
-    return [evaluate_knn(network.backbone, SHAPES, SHAPES, 64, ks=(1, 3), world=run.world)
+    return [evaluate_knn(network.backbone, SHAPES, SHAPES, 32, ks=(1, 3), world=run.world)
             for network in (run.student, run.teacher)]
 
 
