@@ -28,7 +28,8 @@ FAMILIES = dict(
     edgenext='edgenext_xx_small', mobilevit='mobilevit_xxs', xcit='xcit_nano_12_p16_224',
     poolformer='poolformer_s12', efficientvit='efficientvit_b0', vit='vit_tiny_patch16_224',
     swin='swin_tiny_patch4_window7_224')
-SHALLOW = dict(vit=dict(depth=2), swin=dict(embed_dim=24, global_size=64, local_size=32))
+LARGE = dict(global_size=64, local_size=32)  # for those that halve the sides once more
+SHALLOW = dict(vit=dict(depth=2), swin=LARGE | dict(embed_dim=24), convnext=LARGE, edgenext=LARGE)
 
 
 def small(family, **settings):

@@ -127,6 +127,7 @@ def shrunk(name):
     life = LIFE | dict(warmup_teacher_temp=recipe.warmup_teacher_temp)
     if not recipe.warmup_teacher_temp_epochs: life['warmup_teacher_temp_epochs'] = 0
     patch = recipe.patch_size or 16
+    life |= dict(n_local=2)
     vit = dict(embed_dim=48, depth=1, num_heads=3, global_size=2 * patch, local_size=patch)
     conv = dict(backbone='resnet10t', global_size=32, local_size=16)
     return life | HEAD | (vit if recipe.backbone.startswith('vit') else conv)
@@ -147,7 +148,7 @@ def words(settings):
 def test_a_shipped_recipe_ends_with_its_results(name, images, tmp_path):
     settings = shrunk(name) | dict(epochs=1.5, batch_size=16, workers=0)
     settings['warmup_teacher_temp_epochs'] = min(1.5, settings['warmup_teacher_temp_epochs'])
-    if name == 'resnet50': settings['backbone'] = name
+    if name == 'resnet50': settings |= dict(backbone=name, n_local=1)
     main(['--recipe', name, '--data', str(images), '--out', str(tmp_path/'run'), *words(settings)])
     summary = json.loads((tmp_path/'run'/'summary.json').read_text())
     assert summary['steps'] == 8 and summary['skipped'] == 0
