@@ -183,7 +183,7 @@ def decode_image(file: str | Path | BinaryIO, # an image in one of IMAGE_FORMATS
 SYSTEM_FOLDERS = ('@eadir', '@recycle', '@recently-snapshot', '#recycle', '#snapshot', '__macosx',
                   '$recycle.bin', 'system volume information', 'lost+found', 'thumbs', 'thumbnails')
 
-RECORD = dict(data='', backbone='', batch_size=0, out_dim=0, teacher_temp=0.)  # in every config.json
+RECORD = dict(data='', backbone='', batch_size=0, out_dim=0, teacher_temp=0.)  # in config.json
 
 def holds_run(folder: str | Path # any folder
              ) -> bool:          # False also where nothing can be read
