@@ -60,7 +60,7 @@ def check_value_range(value_range: tuple | None # two numbers, or None
     try: low, high = map(float, value_range)
     except (TypeError, ValueError): low = high = 0.
     if low < high: return low, high
-    raise ValueError(f'value_range is {value_range}; it must be two rising numbers, '
+    raise ValueError(f'value_range is {shown(value_range)}; it must be two rising numbers, '
                      'the value of black and that of white.')
 
 def _eight_bits(image: Image.Image, value_range: tuple | None) -> Image.Image:

@@ -161,10 +161,11 @@ def check_folder(config: TrainConfig, # settings of a run
                 ) -> Path:            # its folder, which may not exist yet
     "Return the run's folder if it is free or holds the same run, else raise a ValueError."
     folder = run_folder(config)
-    if folder.is_symlink() and not folder.exists():
-        raise ValueError(f'out is {folder}, a broken link.')
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f'out is {folder}, which is a file.')
+    for path in (folder, *folder.parents):
+        if path.is_symlink() and not path.exists():
+            raise ValueError(f'out is {shown(folder)}, but {shown(path)} is a broken link.')
+        if path.exists() and not path.is_dir():
+            raise ValueError(f'out is {shown(folder)}, but {shown(path)} is a file.')
     _check_record(folder, config, source, chosen)
     if (folder/LOCK).exists(): FolderLock(folder).release()  # or it says who holds it
     return folder
