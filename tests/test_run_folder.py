@@ -217,21 +217,21 @@ def test_a_disk_too_full_for_the_last_checkpoint(photos, small_disk, tmp_path):
     "Status 1 and no summary, though figures would fit; what is said is what is on the disk"
     folder = small_disk.path/'run'
     words = ['--data', photos, '--out', folder]
-    wide = ['--hidden-dim', 512, '--epochs', 30]
+    wide = ['--hidden-dim', 512, '--epochs', 12]
     child = Child(tmp_path, *words, *wide)
-    child.reach(folder/'log.jsonl', '"step": 20')
+    child.reach(folder/'log.jsonl', '"step": 4')
     small_disk.fill(leave=2**19)
     status, out, err = child.end()
     step = load_checkpoint(folder/'checkpoint.pt')['step']
-    assert 0 < step < 150 and (folder/'checkpoint.pt').stat().st_size > 2**20
+    assert 0 < step < 60 and (folder/'checkpoint.pt').stat().st_size > 2**20
     assert status == 1 and 'No space left on device' in err and err.count('\n') == 1, err
-    assert f'at step 150 of 150; the same command goes on from step {step}' in err, err
+    assert f'at step 60 of 60; the same command goes on from step {step}' in err, err
     assert 'weights are in' not in out and not (folder/'summary.json').exists()
     small_disk.empty()
     status, out, err = Child(tmp_path, *words, *wide).end()
     assert status == 0 and f'going on at step {step}' in out and 'weights are in' in out, err
     steps = [json.loads(line)['step'] for line in (folder/'log.jsonl').read_text().splitlines()]
-    assert steps == list(range(2, 151, 2))
+    assert steps == list(range(2, 61, 2))
 
 
 def test_a_disk_too_full_when_it_is_asked_to_stop(photos, small_disk, tmp_path):
@@ -364,7 +364,7 @@ DAMAGED = 'config.json', 'log.jsonl', 'summary.json', 'checkpoint.pt'
 
 @pytest.mark.parametrize('name', DAMAGED)
 def test_damaged_files_end_in_a_sentence(photos, finished, tmp_path, name):
-    n = 40 if name == 'checkpoint.pt' else 16
+    n = 24 if name == 'checkpoint.pt' else 12
     cases = [(1000 * DAMAGED.index(name) + i, name, 'damage') for i in range(n)]
     cases += [(cases[-1][0] + 1 + i, name, kind)
               for i, kind in enumerate(('fifo', 'folder', 'loop'))]
