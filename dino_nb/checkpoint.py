@@ -279,8 +279,10 @@ def _read_dict(text: bytes, like: dict, where: str, others: object = None) -> di
     try: found = json.loads(text)
     except RecursionError: raise ValueError(f'{where} is nested too deeply') from None
     if not isinstance(found, dict): raise ValueError(f'{where} is not a JSON object')
+    for name in like:
+        if name not in found: raise ValueError(f'{where} has no {name}')
     if others is not None: like = dict.fromkeys(found, others) | like
-    check_like({name: found[name] for name in like if name in found}, like, where)
+    check_like({name: found[name] for name in like}, like, where)
     return found
 
 def read_json(path: str | Path, # a file that a run has written
@@ -291,7 +293,8 @@ def read_json(path: str | Path, # a file that a run has written
     try:
         if not path.is_file(): raise ValueError('it is not a file')
         return _read_dict(path.read_bytes(), like, path.name)
-    except ValueError as error: raise ValueError(f'{path} is damaged: {error}.') from None
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged: {str(error).rstrip(".")}.') from None
 
 def read_log(path: str | Path,            # a run's log.jsonl
              up_to: float = float('inf'), # last step wanted

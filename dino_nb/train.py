@@ -137,7 +137,11 @@ def read_record(folder: Path # a run's folder, or another one
                ) -> dict | None: # as run_record returned it; None: the folder is free
     "Return what a folder says of the run it holds; a ValueError if it holds something else."
     if not folder.exists(): return None
-    if (folder/'config.json').exists(): return read_json(folder/'config.json', RECORD)
+    if (folder/'config.json').exists():
+        try: return read_json(folder/'config.json', RECORD)
+        except ValueError as error:
+            raise ValueError(f'{error} If it is of a run, move it away and give the same command '
+                             'again; else choose another folder with --out.') from None
     others = [path.name for path in folder.iterdir() if not _harmless(path)]
     if not others: return None
     record = _saved_record(folder)
