@@ -23,6 +23,7 @@ def test_one_process_and_its_folder(images, tmp_path):
     assert status == 0, err
     assert '20-NN accuracy  teacher' in out and 'raw pixels' in out and 'random init' in out
     files = {p.name for p in (tmp_path/'one').iterdir()}
+    files -= {'checkpoint_last_good.pt'}  # there where half a minute passed before the end
     assert files == {'config.json', 'log.jsonl', 'checkpoint.pt', 'summary.json', 'views.png',
                      'curves.png', 'attention.png'}
     rows = [json.loads(line) for line in (tmp_path/'one'/'log.jsonl').read_text().splitlines()]
