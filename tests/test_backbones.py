@@ -16,6 +16,7 @@ from dino_nb.learner import Learner
 from dino_nb.settings import make_config
 from dino_nb.shapes import Shapes
 from dino_nb.teacher import make_teacher
+from dino_nb.train import main
 
 SHAPES = open_images(Shapes(16, size=32))
 FREE = dict(patch_size=None, embed_dim=None, depth=None, num_heads=None, drop_path_rate=0.)
@@ -110,3 +111,19 @@ def test_two_processes_with_batch_norm_go_on_exactly(tmp_path):
     for process in processes: process.start()
     for process in processes: process.join(120)
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+REFUSED = [('--local-size 20', 'vit_tiny_patch16_224 does not take local_size 20: images are 20 x 20'),
+           ('--backbone mixer_s32_224 --global-size 64 --local-size 32', 'takes no size but'),
+           ('--backbone halonet26t', 'halonet26t does not take global_size 40: AssertionError')]
+
+
+@pytest.mark.parametrize('words,sentence', REFUSED)
+def test_what_a_network_cannot_take_is_said_before_anything_is_written(
+        words, sentence, images, tmp_path, capsys):
+    out = tmp_path/'run'
+    with pytest.raises(SystemExit) as end:
+        main(['--recipe', 'tiny', '--data', str(images), '--out', str(out), *words.split()])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and sentence in err and len(err.strip().splitlines()) == 1, err
+    assert not out.exists()
