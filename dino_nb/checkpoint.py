@@ -206,14 +206,17 @@ class StopSignals:
         return self
 
     def _note(self, number, frame):
-        first, self.caught = self.caught is None, StopSignals.because or signal.Signals(number).name
         if number == signal.SIGINT: signal.signal(number, signal.default_int_handler)
-        if self.at_once and first: raise Stopped(self.caught)
+        self._hear(StopSignals.because or signal.Signals(number).name)
+
+    def _hear(self, why):
+        first, self.caught = self.caught is None, self.caught or why
+        if self.at_once and first: raise Stopped(why)
 
     def __exit__(self, *error):
         for name, handler in self._before.items(): signal.signal(getattr(signal, name), handler)
         outer = getattr(self._before.get('SIGTERM'), '__self__', None)
-        if self.caught and isinstance(outer, StopSignals): outer._note(signal.SIGTERM, None)
+        if self.caught and isinstance(outer, StopSignals): outer._hear(self.caught)
 
 # %% ../nbs/22_checkpoint.ipynb #6e0b5916
 class Deadline:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'CAN_SPLIT', 'World', 'env_number', 'init_dist', 'close_dist', 'all_mean_later', 'all_mean', 'all_any',
-           'norm_statistics', 'share_statistics', 'tell_others', 'hear_others', 'shard', 'gather_rows', 'gather_list',
-           'on_rank0', 'split_weights', 'whole_weights', 'map_state', 'gather_state', 'split_like', 'StepSampler']
+           'norm_statistics', 'share_statistics', 'tell_others', 'asked_elsewhere', 'shard', 'gather_rows',
+           'gather_list', 'on_rank0', 'split_weights', 'whole_weights', 'map_state', 'gather_state', 'split_like',
+           'StepSampler']
 
 # %% ../nbs/21_dist.ipynb #402d46dc
 import copy
@@ -161,6 +162,8 @@ def share_statistics(statistics: list[torch.Tensor], # from norm_statistics; cha
         own.copy_(shared)
 
 # %% ../nbs/21_dist.ipynb #b561c526
+_PARENT = os.getppid()
+
 def _stop_key(): return f'stop {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}'
 
 def tell_others(why: str): # such as SIGTERM
@@ -168,13 +171,12 @@ def tell_others(why: str): # such as SIGTERM
     for store in _STORE:
         threading.Thread(target=store.set, args=(_stop_key(), why), daemon=True).start()
 
-def hear_others(stop: Callable): # called with the reason, in a thread, if any process is asked
-    "Start to listen for processes that were asked to stop, until this one leaves them."
-    def listen():
-        with suppress(RuntimeError):  # the store is gone
-            while _STORE and not _STORE[0].check([_stop_key()]): time.sleep(1)
-            for store in _STORE: stop(store.get(_stop_key()).decode())
-    if _STORE: threading.Thread(target=listen, daemon=True).start()
+def asked_elsewhere() -> str | None: # why; None: nobody was asked
+    "Return why a process of this run was asked to stop, or that torchrun is gone."
+    if 'TORCHELASTIC_RUN_ID' in os.environ and os.getppid() != _PARENT: return 'torchrun is gone'
+    with suppress(RuntimeError):  # the store may be gone
+        for store in _STORE:
+            if store.check([_stop_key()]): return store.get(_stop_key()).decode()
 
 # %% ../nbs/21_dist.ipynb #e69918ce
 def shard(n_items: int, # how many there are to share

@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,8 @@ from .backbone import create_backbone, network_dtype, set_fused_attention
 from .checkpoint import (CheckpointWriter, StopSignals, check_like, format_row, read_log,
                                 set_aside, write_log, write_text)
 from .collapse import CollapseDoctor, collapse_stats
-from .core import autocast, check_range, counted, default_of, generator, set_seed
+from .core import (autocast, check_range, counted, default_of, generator, set_seed,
+                          tell)
 from .data import BadFiles, ImageSource, TooManyBadFiles
 from .dist import (StepSampler, World, all_any, all_mean, all_mean_later, gather_list,
                           gather_state, norm_statistics, on_rank0, share_statistics, split_like,
@@ -118,10 +119,12 @@ def train_step(run: 'Learner',            # models, loss, optimizer and schedule
     run.scaler.unscale_(run.optimizer)
     norms = clip_gradients(run.student.parameters(), config.clip_grad)
     if run.epoch < config.freeze_last_layer: freeze_last_layer(run.student)
+    mean = sum(mean() for mean in means) / len(parts)      # the last word of the other processes
+
+    run.whole = False                                      # now the step is taken
     run.flags.append(step_if_finite(run.optimizer, norms, run.scaler))
     share_statistics(run.statistics, before, run.flags[-1])
-
-    run.loss_fn.update_center(sum(mean() for mean in means) / len(parts))
+    run.loss_fn.update_center(mean)
     run.teacher_rule.update(run.teacher, run.student, now['teacher_momentum'], run.step,
                             run.steps_per_epoch)
     return {name: sum(part[name] for part in measured) / len(parts) for name in measured[0]}
@@ -391,10 +394,14 @@ ROW = dict(step=0, verdict='', **dict.fromkeys((
     'epoch', 'loss', 'teacher_entropy', 'kl', 'ln_k', 'images_per_second', 'waiting'), 0.))
 
 @patch
-def _open_log(self: Learner, folder: Path | None, report) -> list[dict]:
+def _open_log(self: Learner, folder: Path | None, evaluate, report) -> list[dict]:
     "The rows of a run that goes on, as the log and the doctor now know them."
     rows = on_rank0(_take_up_log, folder/'log.jsonl', self.step, report) if folder else []
     for row in rows: self.verdict = self.doctor.update(row)
+    for row in rows:
+        if not row.pop('unfinished', 0) or not evaluate or row['step'] < self.step: continue
+        row |= evaluate(self)  # it was cut short
+        on_rank0(write_log, folder/'log.jsonl', rows)
     return rows
 
 def _take_up_log(path, step, report):
@@ -411,37 +418,80 @@ def _take_up_log(path, step, report):
 def fit(self: Learner,
         folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
         evaluate: callable = None,  # function of the run that returns a dict of numbers
-        report: callable = print    # called with every line of progress
+        report: callable = tell     # called with every line of progress
        ) -> list[dict]:             # the rows of the log
     "Train from the current step to the end, or until a signal asks to stop."
-    rows, clock, config, unread = self._open_log(folder, report), _Clock(), self.config, []
+    rows, clock = self._open_log(folder, evaluate, report), _Clock()
+    config, unread = self.config, []
     writer = None
     if folder and self.world.is_main: writer = CheckpointWriter(folder/'checkpoint.pt', self.step)
-    with StopSignals() as signals:
+    with StopSignals() as signals, self._written_down(writer):
         for views, bad in clock.watch(self.views()):
             unread += bad
             look, save = self._evaluation_due(), self._due(config.checkpoint_steps)
             measure = look or self._due(config.log_every) or self.step + 1 == self.n_steps
-            measured = train_step(self, views, measure)
-            self.step += 1
-            stop = all_any(signals.caught is not None or self.given_up())
-            if measure or save or stop:
+            measured = self._take_step(views, measure)
+            self.stopped = all_any(signals.caught is not None or self.given_up())
+            if measure or save or self.stopped:
                 left_out, unread = self._settle(unread, folder, writer, report), []
                 self.seconds += clock.tick()
                 if measure and not left_out:
                     rows.append(self._row(measured, clock))
+                    self.untold = rows[-1]
                     if look and evaluate: rows[-1] |= evaluate(self)
                     self._tell(rows, report, folder)
                 if measure: clock.lap()
-                self._save(writer, save or stop or self.step == self.n_steps, report)
+                self._save(writer, save or self.stopped or self.step == self.n_steps, report)
             else: self.seconds += clock.tick()
-            if stop: break
-    if folder: self._end_writing(writer)
-    if self.step < self.n_steps:
-        why = self.verdict.state if self.given_up() else signals.caught or 'a signal'
-        how = '--on-collapse warn' if self.given_up() else 'the same command'
-        report(f'{why}: stopped after step {self.step} of {self.n_steps}; {how} goes on from here')
+            if self.stopped: break
+        if folder: self._end_writing(writer)
+        if self.stopped: why, signals.caught = signals.caught or 'a signal', None  # heeded
+    if self.stopped: report(self.farewell(why))
     return rows
+
+# %% ../nbs/23_learner.ipynb #9dde2732
+@patch
+def _take_step(self: Learner, views: list, measure: bool) -> dict:
+    "Take a step, and know whether the state is that of a whole one meanwhile."
+    self.whole = not self.statistics
+    measured = train_step(self, views, measure)
+    self.step += 1
+    self.whole = True
+    return measured
+
+@patch
+@contextmanager
+def _written_down(self: Learner, writer: CheckpointWriter | None):
+    "Write the last whole step where an error ends the loop."
+    self.writer, self.whole, self.stopped, self.untold = writer, True, False, None
+    try: yield
+    except Exception: self.rescue(); raise
+
+@patch
+def rescue(self: Learner):
+    "Write the last whole step, if it is not written and all of it is here."
+    step, writer = self.step, getattr(self, 'writer', None)
+    if writer is None or self.is_split or not self.whole: return
+    with suppress(OSError): writer.wait()
+    if writer.step == step: return
+    with suppress(OSError):
+        try: self._count_skipped(None)
+        except FloatingPointError: self.in_a_row, self.flags = 0, []  # another chance
+        if self.untold: write_log(writer.path.with_name('log.jsonl'),
+                                  [self.untold | dict(unfinished=1.)], 'a')
+        writer.save(self.state(), still=lambda: self.whole and self.step == step)
+        writer.wait()
+
+@patch
+def farewell(self: Learner,
+             why: str = 'a signal' # that asked to stop
+            ) -> str:              # one line
+    "Return where the run stopped, and how it goes on."
+    how, writer = 'the same command goes on from here', getattr(self, 'writer', None)
+    if self.given_up(): why, how = self.verdict.state, '--on-collapse warn goes on from here'
+    elif writer and self.step != writer.step: how = (
+        f'it could not be written; the same command goes on from step {writer.step}')
+    return f'{why}: stopped after step {self.step} of {self.n_steps}; {how}'
 
 # %% ../nbs/23_learner.ipynb #5ef37101
 @patch
@@ -471,6 +521,7 @@ def _tell(self: Learner, rows: list[dict], report, folder: Path | None):
     before = rows[-2]['verdict'] if len(rows) > 1 else CollapseDoctor().state
     if rows[-1]['verdict'] != before: report(str(self.verdict))
     if advice := self._advice(rows): report(advice)
+    self.untold = None
     if not folder or not self.world.is_main: return
     try: write_log(folder/'log.jsonl', rows[-1:], 'a')
     except OSError as error: report(f'note: log.jsonl could not be written ({error})')

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FILES', 'LEFTOVERS', 'RESTARTS', 'open_data', 'run_folder', 'run_record', 'read_record', 'check_folder',
            'clear_folder', 'knn_top1', 'baselines', 'attention_views', 'attention_scores', 'describe', 'say', 'figures',
-           'draw', 'summarize', 'result_lines', 'sentences', 'quiet_if_others_die', 'check_device', 'names_recipe',
-           'choose_settings', 'memory_needs', 'check_memory', 'try_network', 'prepare', 'claim', 'resume', 'train',
-           'publish', 'read_summary', 'announce', 'main']
+           'draw', 'summarize', 'result_lines', 'sentences', 'leave', 'quiet_if_others_die', 'stoppable',
+           'check_device', 'names_recipe', 'choose_settings', 'memory_needs', 'check_memory', 'try_network', 'prepare',
+           'claim', 'resume', 'train', 'publish', 'read_summary', 'announce', 'main']
 
 # %% ../nbs/90_train.ipynb #7c167a79
 if __name__ in ('__main__', '__mp_main__') and not __package__ and '__file__' in globals():
@@ -27,12 +27,14 @@ if '__file__' in globals():
 import json
 import os
 import platform
+import signal
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -44,16 +46,16 @@ from .attention import (attention_maps, attention_share, best_head_jaccard, mass
                                reads_class_token, show_attention)
 from .augment import ViewSettings
 from .backbone import convolves, reason_of
-from .checkpoint import (LOCK, BadCheckpoint, FellBack, FolderLock, check_like,
-                                load_checkpoint, new_file, plot_curves, read_json, set_aside,
-                                write_log, write_text)
+from .checkpoint import (LOCK, STOPPING, BadCheckpoint, Deadline, FellBack, FolderLock,
+                                Stopped, StopSignals, check_like, load_checkpoint, new_file,
+                                plot_curves, read_json, set_aside, write_log, write_text)
 from .collapse import USUAL_RATES, check_config, suggest_recipe
 from .core import (autocast, check_range, counted, default_dtype, default_of, free_memory,
-                          generator, progress, shown)
+                          generator, progress, shown, tell)
 from .data import (RECORD, ImageSource, TooManyBadFiles, check_images, open_images,
                           open_train, probe_split)
-from .dist import (World, close_dist, gather_list, init_dist, on_rank0,
-                          whole_weights)
+from .dist import (World, asked_elsewhere, close_dist, env_number, gather_list,
+                          init_dist, on_rank0, tell_others, whole_weights)
 from .features import eval_views, evaluation_mode
 from .knn import NotFinite, evaluate_knn, pixel_knn
 from .learner import Learner, build_student, run_dtype
@@ -62,7 +64,7 @@ from .settings import (RECIPES, TrainConfig, config_changes, config_record, make
 from .shapes import Shapes
 from .shards import is_shards, open_shards
 from .teacher import make_teacher
-from .views import MultiCrop, check_cache, count_workers, show_views
+from .views import MultiCrop, check_cache, count_workers, end_workers, show_views
 
 # %% ../nbs/90_train.ipynb #8cce6c3d
 def _open(data: str):
@@ -265,7 +267,7 @@ def describe(config: TrainConfig # settings of a run
 def say(world: World, *words: object):
     "Print on the first process only, at once; what is not printable is escaped."
     lines = ' '.join(map(str, words)).split('\n')
-    if world.is_main: print(*(line and shown(line, 10**6) for line in lines), sep='\n', flush=True)
+    if world.is_main: tell('\n'.join(line and shown(line, 10**6) for line in lines))
 
 # %% ../nbs/90_train.ipynb #8608254b
 def figures(run: Learner,     # a finished run
@@ -352,18 +354,22 @@ def sentences(status: int, # exit status
     "Turn an error into one sentence and an exit status."
     try: yield
     except errors as error:
-        rank = int(os.environ.get('RANK', 0))
-        if rank: time.sleep(5)  # if rank 0 fails too, it speaks, and torchrun ends all the others
+        if os.environ.get('RANK', '0') != '0': time.sleep(5)  # if rank 0 fails too, it speaks
         words = str(error) or 'interrupted'
         if isinstance(error, OSError) and error.filename is not None:
             words = f'{shown(error.filename)}: {error.strerror}.'
         if isinstance(error, torch.OutOfMemoryError):
             words = (f'{words.splitlines()[0]} To need less, give --accumulate 2 or more, '
                      '--recompute, a smaller --batch-size or, with several GPUs, --fsdp.')
-        print(f'dino_train: {shown(words, 1000)}', file=sys.stderr, flush=True)
+        tell(f'dino_train: {shown(words, 1000)}', file=sys.stderr)
         raise SystemExit(status) from None
 
 # %% ../nbs/90_train.ipynb #9128242c
+def leave(status: int): # exit status
+    "End this process at once, without waiting for anything."
+    end_workers()
+    os._exit(status)
+
 @contextmanager
 def quiet_if_others_die(world: World): # this process among all
     "End with status 1 and one line where an exchange failed because other processes are gone."
@@ -371,11 +377,59 @@ def quiet_if_others_die(world: World): # this process among all
     except RuntimeError as error:
         words = ('gloo', 'nccl', 'connection', 'peer', 'timed out', 'timeout')
         if world.size == 1 or not any(word in str(error).lower() for word in words): raise
+        for name in STOPPING: signal.signal(getattr(signal, name), signal.SIG_IGN)  # it ends anyway
+        for _ in range(4):
+            if why := asked_elsewhere(): raise Stopped(why) from None
+            time.sleep(0.5)
         reason = str(error).strip().splitlines()[0]
-        if world.is_main: print('dino_train: the other processes are gone or do not answer; the '
-                                f'reason is in their output ({reason})', file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(1)  # without waiting for them
+        if world.is_main: tell('dino_train: the other processes are gone or do not answer; the '
+                               f'reason is in their output ({reason})', file=sys.stderr)
+        leave(1)  # without waiting for them
+
+# %% ../nbs/90_train.ipynb #2cad21dc
+def _end(found: list, status: int):
+    "Write down what there is, say so, and leave; called where the program itself is stuck."
+    for run in found:
+        copying = threading.Thread(target=run.rescue, daemon=True)
+        copying.start(); copying.join(8)
+        with suppress(OSError):
+            if getattr(run, 'writer', None): run.writer.wait()
+    if not status: _say_farewell(found, StopSignals.because or 'asked to stop')
+    leave(status)
+
+def _say_farewell(found, why):
+    main = os.environ.get('RANK', '0') == '0'
+    if main and not found: tell(f'{why}: stopped before the run began; the same '
+                                'command begins it')
+    for run in found: say(run.world, run.farewell(why))
+
+def _listen():
+    "Ask, once a second, whether something else is a reason to stop."
+    while not (why := asked_elsewhere()): time.sleep(1)
+    StopSignals.because = why
+    os.kill(os.getpid(), signal.SIGTERM)
+
+# %% ../nbs/90_train.ipynb #f8914a87
+@contextmanager
+def stoppable(found: list,  # gets the run, as soon as there is one
+              alone: bool   # the process was started for this, and may be ended
+             ):
+    "Stop with one line and status 0 where a signal asks for it, wherever the program is."
+    alone = alone and os.name == 'posix'
+    if alone:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        threading.Thread(target=_listen, daemon=True).start()
+    with Deadline(partial(_end, found), tell_others) if alone else nullcontext():
+        try:
+            with StopSignals(at_once=True): yield
+        except Stopped as stopped:
+            _say_farewell(found, stopped.why)
+            if not any(run.world.size > 1 for run in found): raise
+            tell_others(stopped.why); time.sleep(2)  # the others look once a second
+            leave(0)
+        finally:
+            for name in (STOPPING if alone else []):  # Python takes a while to end; nothing to stop
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 # %% ../nbs/90_train.ipynb #b30aa2d7
 def check_device(name: str): # auto, cpu, cuda or mps
@@ -483,7 +537,7 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
            ) -> tuple:             # run, bank, test, folder, reasons of what was chosen
     "Read the settings, open the images and build the run; write nothing."
     typed = typed_settings(argv)
-    if any(int(os.environ.get(name) or 0) for name in RESTARTS): typed.pop('overwrite', None)
+    if any(env_number(name, 0) for name in RESTARTS): typed.pop('overwrite', None)
     opening = 'data', 'probe', 'device', 'decode', 'value_range'
     first = make_config(**(typed if names_recipe(typed) else
                            {name: typed[name] for name in opening if name in typed}))
@@ -567,7 +621,7 @@ def _train(run, bank, test, folder):
         return dict(knn_teacher=found[20]) if found else {}
 
     rows = run.fit(folder, evaluate, report=tell)
-    if run.step < run.n_steps: return {}
+    if run.stopped: return {}
     with whole_weights(run.teacher, run.student):
         summary = summarize(run, bank, test, levels)
         if run.world.is_main: publish(run, rows, summary, folder)
@@ -633,11 +687,10 @@ def _precision_notes(run):
         'CPUs then; such steps are left out and counted.')
 
 # %% ../nbs/90_train.ipynb #57662767
-def main(argv: list[str] | None = None): # words of the command line; None: sys.argv
-    "Train DINO on a folder of images, or on the embedded dataset (`dino_train --help`)."
-    with (sentences(2, ValueError, OSError), sentences(1, torch.OutOfMemoryError),
-          sentences(130, KeyboardInterrupt)):
+def _job(argv, found):
+    with sentences(2, ValueError, OSError), sentences(1, torch.OutOfMemoryError):
         run, bank, test, folder, reasons = prepare(argv)
+    found.append(run)
     tell, summary = partial(say, run.world), on_rank0(read_summary, run, folder)
     if summary:
         tell(f'{folder} holds this run, finished; --overwrite trains it again')
@@ -645,11 +698,16 @@ def main(argv: list[str] | None = None): # words of the command line; None: sys.
     else:
         announce(run, folder, reasons)
         errors = TooManyBadFiles, FloatingPointError, OSError, torch.OutOfMemoryError
-        with (quiet_if_others_die(run.world), sentences(1, *errors),
-              sentences(130, KeyboardInterrupt)):
+        with quiet_if_others_die(run.world), sentences(1, *errors):
             train(run, bank, test, folder)
     close_dist()
     if run.given_up(): raise SystemExit(3)
+
+def main(argv: list[str] | None = None): # words of the command line; None: sys.argv
+    "Train DINO on a folder of images, or on the embedded dataset (`dino_train --help`)."
+    found = []
+    with sentences(130, KeyboardInterrupt), stoppable(found, alone=argv is None):
+        _job(argv, found)
 
 # %% ../nbs/90_train.ipynb #1a68e72e
 if __name__ == '__main__' and '__file__' in globals(): main()

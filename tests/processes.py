@@ -74,6 +74,61 @@ def _become(main, words, cwd, out, err):
         os._exit(status)
 
 
+class Forks:
+    "Starts the script again and again from one process that has imported everything"
+    LOOP = """
+import os, sys
+from dino_nb import train
+for line in sys.stdin:
+    folder, *sys.argv = line.rstrip('\\n').split('\\t')
+    if not (child := os.fork()):
+        os.chdir(folder)
+        for name, number in ('out', 1), ('err', 2):
+            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+        train.main()
+        sys.exit()
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+    def __init__(self): self.process = start([sys.executable, '-c', self.LOOP], '.',
+                                             stdin=subprocess.PIPE)
+
+    def __call__(self, words, cwd):
+        "Start the script; return its process id once it listens to signals"
+        line = '\t'.join(map(str, [cwd, 'dino_train', *words]))
+        self.cwd = Path(cwd)
+        self.process.stdin.write(line + '\n'); self.process.stdin.flush()
+        self.pid = int(self.process.stdout.readline())
+        while (state := status_of(self.pid)) and not int(state['SigCgt'], 16) >> 14 & 1:
+            time.sleep(0.01)
+        return self.pid
+
+    def end(self, timeout=60):
+        "Exit status, what was printed, what was complained about, the seconds it took"
+        begin = time.monotonic()
+        while status_of(self.pid) and time.monotonic() < begin + timeout: time.sleep(0.02)
+        assert not status_of(self.pid), f'{self.pid} does not end'
+        out, err = ((self.cwd/name).read_text() for name in ('out', 'err'))
+        return int(self.process.stdout.readline()), out, err, time.monotonic() - begin
+
+
+def status_of(pid):
+    "What /proc says of a process; None if it is gone"
+    try: lines = Path(f'/proc/{pid}/status').read_text().splitlines()
+    except OSError: return None
+    return dict(line.split(':\t', 1) for line in lines)
+
+
+def family_of(pid):
+    "A process and all that descend from it, or that have its session"
+    found = [pid]
+    for one in found:
+        for folder in Path('/proc').glob('[0-9]*'):
+            if (status_of(folder.name) or {}).get('PPid', '').strip() == str(one):
+                found.append(int(folder.name))
+    return found
+
+
 def same_weights(a, b, part='teacher', atol=0.):
     a, b = load_checkpoint(a/'checkpoint.pt')[part], load_checkpoint(b/'checkpoint.pt')[part]
     assert a.keys() == b.keys()
