@@ -194,7 +194,7 @@ class Stopped(SystemExit):
 
 class StopSignals:
     "Catch SIGTERM, SIGUSR1 and the first Ctrl-C while the context is open."
-    because = None  # why the program sends a signal to itself
+    because = None  # why it was asked to stop, where a thread knows
 
     def __init__(self, at_once: bool = False): # raise Stopped; False: only note it
         self.at_once, self.caught = at_once, None  # None, or the name of the signal that came
@@ -245,13 +245,15 @@ class Deadline:
                 due, status = min(due, time.monotonic() + 2), 130
             elif due == float('inf'):
                 due = time.monotonic() + self.seconds
-                if self.heard: self.heard(StopSignals.because or signal.Signals(number).name)
+                StopSignals.because = StopSignals.because or signal.Signals(number).name
+                if self.heard: self.heard(StopSignals.because)
         self.end(status)
 
     def __exit__(self, *error):
         signal.set_wakeup_fd(self._before)
         os.write(self.pipe[1], bytes(1))  # a signal's number is above 0
         self._thread.join(1)
+        StopSignals.because = None
 
 # %% ../nbs/22_checkpoint.ipynb #d1c6d4a2
 def write_text(path: str | Path, # a text file

@@ -394,7 +394,7 @@ def _end(found: list, status: int):
         copying.start(); copying.join(8)
         with suppress(OSError):
             if getattr(run, 'writer', None): run.writer.wait()
-    if not status: _say_farewell(found, StopSignals.because or 'asked to stop')
+    if not status: _say_farewell(found, StopSignals.because)
     leave(status)
 
 def _say_farewell(found, why):
