@@ -661,7 +661,7 @@ def _too_many(source, reasons, n_seen, limit) -> TooManyBadFiles:
     "Return the error that says how many images are bad, and names a few."
     names = {}
     for i, reason in reasons.items(): names.setdefault(reason, []).append(source.name(i))
-    few = '; '.join(f'{listed(which)} ({shown(reason, 100)})'
+    few = '; '.join(f'{listed(sorted(which))} ({shown(reason, 100)})'
                     for reason, which in list(names.items())[:3])
     return TooManyBadFiles(f'{len(reasons):,} of {counted(n_seen, "image")} cannot be read '
                            f'({len(reasons) / n_seen:.1%}; a run may skip {100 * limit:.3g}%, or '
