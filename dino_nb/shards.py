@@ -138,7 +138,8 @@ def _opened(path: str, changed: int): return open(regular_file(path), 'rb')
 class _Members(ImageFiles):
     "Images inside of tars, decoded when asked for."
     def __init__(self, paths, index):
-        self.paths, self.changed = paths, [os.stat(path).st_mtime_ns for path in paths]
+        self.paths, self.root = paths, os.path.dirname(paths[0])
+        self.changed = [os.stat(path).st_mtime_ns for path in paths]
         self.names, self.shard, self.offset, self.size = (
             index[key] for key in ('name', 'shard', 'offset', 'size'))
 

@@ -85,6 +85,26 @@ def test_a_signal_to_all_processes_of_a_job(images, job, tmp_path):
     assert status == 0 and not err and 'SIGTERM: stopped after step' in out, (out, err)
 
 
+@pytest.mark.parametrize('back', [True, False], ids=['for seconds', 'for good'])
+def test_a_folder_of_images_goes_away(images, job, tmp_path, back):
+    "As a share does: it is waited for, and if it stays away the run ends with its last whole step"
+    data, away = tmp_path/'data', tmp_path/'away'
+    shutil.copytree(images, data)
+    pid = job(READERS + ['--data', data, '--epochs', '60'], tmp_path)
+    until(tmp_path/'run'/'log.jsonl', '"step": 3')
+    family = family_of(pid)
+    data.rename(away)
+    if back: time.sleep(2); away.rename(data)
+    status, out, err, seconds = job.end(timeout=90)
+    assert 'does not answer (No such file or directory); waiting for it' in err, err
+    assert 'Traceback' not in err and not gone(family), err
+    if back: assert status == 0 and (tmp_path/'run'/'summary.json').exists(), err
+    else:
+        assert status == 1 and seconds < 30 and 'does not answer any more' in err, (seconds, err)
+        assert load_checkpoint(tmp_path/'run'/'checkpoint.pt')['step'] >= 3
+    assert not (tmp_path/'run'/'bad_files.txt').exists()
+
+
 def test_small_shared_memory(images, tmp_path):
     "8 MB, in a mount of our own: batches take the pipe, and the option to enlarge it is named"
     command = ['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec "$@"',
