@@ -108,7 +108,7 @@ def test_a_folder_of_images_goes_away(images, job, tmp_path, back):
 def test_small_shared_memory(images, tmp_path):
     "8 MB, in a mount of our own: batches take the pipe, and the option to enlarge it is named"
     command = ['unshare', '-m', 'sh', '-c', 'mount -t tmpfs -o size=8m tmpfs /dev/shm && exec "$@"',
-               'sh', *MODULE, '--data', images, '--global-size', '224', '--local-size', '96'] + SMALL
+               'sh', *MODULE, '--data', images] + SMALL + '--global-size 224 --local-size 96'.split()
     if not shutil.which('unshare') or subprocess.run(['unshare', '-m', 'true']).returncode:
         pytest.skip('mounts need unshare and its rights')
     command += ['--patch-size', 32, '--epochs', 1, '--warmup-epochs', 0, '--workers', 2]
