@@ -216,6 +216,7 @@ class StopSignals:
     def __exit__(self, *error):
         for name, handler in self._before.items(): signal.signal(getattr(signal, name), handler)
         outer = getattr(self._before.get('SIGTERM'), '__self__', None)
+        if error[0] is KeyboardInterrupt: return  # the second Ctrl-C: at once
         if self.caught and isinstance(outer, StopSignals): outer._hear(self.caught)
 
 # %% ../nbs/22_checkpoint.ipynb #6e0b5916

@@ -181,7 +181,9 @@ class Learner:
             if self.is_split: split_weights(network, self.world)
         if self.config.recompute: self.student.backbone.set_grad_checkpointing()
         if self.world.size == 1 or self.is_split: return self.student
-        return DistributedDataParallel(self.student, broadcast_buffers=False)
+        with warnings.catch_warnings():  # a newer torch has another name for this argument
+            warnings.simplefilter('ignore', FutureWarning)
+            return DistributedDataParallel(self.student, broadcast_buffers=False)
 
     @property
     def is_split(self) -> bool: # False where there is one process
@@ -444,8 +446,8 @@ def fit(self: Learner,
                 self._save(writer, save or self.stopped or self.step == self.n_steps, report)
             else: self.seconds += clock.tick()
             if self.stopped: break
-        if folder: self._end_writing(writer)
         if self.stopped: why, signals.caught = signals.caught or 'a signal', None  # heeded
+        if folder: self._end_writing(writer)
     if self.stopped: report(self.farewell(why))
     return rows
 

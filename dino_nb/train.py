@@ -410,6 +410,9 @@ def _listen():
     os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../nbs/90_train.ipynb #f8914a87
+def _ignore_signals():
+    for name in STOPPING: signal.signal(getattr(signal, name), signal.SIG_IGN)
+
 @contextmanager
 def stoppable(found: list,  # gets the run, as soon as there is one
               alone: bool   # the process was started for this, and may be ended
@@ -423,13 +426,13 @@ def stoppable(found: list,  # gets the run, as soon as there is one
         try:
             with StopSignals(at_once=True): yield
         except Stopped as stopped:
+            if alone: _ignore_signals()
             _say_farewell(found, stopped.why)
             if not any(run.world.size > 1 for run in found): raise
             tell_others(stopped.why); time.sleep(2)  # the others look once a second
             leave(0)
         finally:
-            for name in (STOPPING if alone else []):  # Python takes a while to end; nothing to stop
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
+            if alone: _ignore_signals()  # Python takes a while to end; nothing is left to stop
 
 # %% ../nbs/90_train.ipynb #b30aa2d7
 def check_device(name: str): # auto, cpu, cuda or mps

@@ -116,7 +116,10 @@ def test_a_folder_has_one_writer(photos, tmp_path):
 
 def test_of_two_runs_that_start_together_one_trains(photos, tmp_path):
     both = [Child(tmp_path, '--data', photos, '--out', 'run', *LONG) for _ in range(2)]
-    ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid
+    look, ended = os.WEXITED | os.WNOWAIT | os.WNOHANG, None
+    while not ended:
+        time.sleep(0.1)
+        ended = next((c.pid for c in both if os.waitid(os.P_PID, c.pid, look)), None)
     loser, winner = sorted(both, key=lambda child: child.pid != ended)
     status, _, err = loser.end()
     assert status == 2 and f'in use by process {winner.pid} on' in err, err
