@@ -410,6 +410,12 @@ def _listen():
     os.kill(os.getpid(), signal.SIGTERM)
 
 # %% ../nbs/90_train.ipynb #f8914a87
+def _ask_again(signals, ignored):
+    "Stop a little later where Stopped was raised and Python ignores errors, as at a fork."
+    if ignored.exc_type is not Stopped: sys.__unraisablehook__(ignored); return
+    StopSignals.because, signals.caught = ignored.exc_value.why, None
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
 def _ignore_signals():
     for name in STOPPING: signal.signal(getattr(signal, name), signal.SIG_IGN)
 
@@ -424,7 +430,9 @@ def stoppable(found: list,  # gets the run, as soon as there is one
         threading.Thread(target=_listen, daemon=True).start()
     with Deadline(partial(_end, found), tell_others) if alone else nullcontext():
         try:
-            with StopSignals(at_once=True): yield
+            with StopSignals(at_once=True) as signals:
+                if alone: sys.unraisablehook = partial(_ask_again, signals)
+                yield
         except Stopped as stopped:
             if alone: _ignore_signals()
             _say_farewell(found, stopped.why)

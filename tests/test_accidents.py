@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -83,6 +84,23 @@ def test_a_signal_to_all_processes_of_a_job(images, job, tmp_path):
         for one in reversed(family_of(pid)): os.kill(one, signal.SIGTERM)
     status, out, err = accident(job, images, tmp_path, everybody)
     assert status == 0 and not err and 'SIGTERM: stopped after step' in out, (out, err)
+
+
+AT_A_FORK = """
+import os, signal, threading, time
+from dino_nb.train import stoppable
+os.register_at_fork(before=lambda: time.sleep(1))
+with stoppable([], alone=True):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    if not os.fork(): os._exit(0)
+    time.sleep(9)
+"""
+
+
+def test_a_signal_where_python_ignores_errors(tmp_path):
+    "Others' functions are called at a fork, and what is raised in them goes no further"
+    status, out, err = run([sys.executable, '-c', AT_A_FORK], tmp_path)
+    assert status == 0 and out.startswith('SIGUSR1: stopped before') and not err, err
 
 
 @pytest.mark.parametrize('back', [True, False], ids=['for seconds', 'for good'])
