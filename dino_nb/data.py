@@ -692,7 +692,8 @@ def probe_split(source: ImageSource,      # images with labels
 
 # %% ../nbs/02_data.ipynb #91cb83b1
 class TooManyBadFiles(ValueError):
-    "More images cannot be read than a run may skip."
+    "More images cannot be read than a run may skip; source holds them."
+    source = None
 
 def _too_many(source, reasons, n_seen, limit) -> TooManyBadFiles:
     "Return the error that says how many images are bad, and names a few."
@@ -700,9 +701,11 @@ def _too_many(source, reasons, n_seen, limit) -> TooManyBadFiles:
     for i, reason in reasons.items(): names.setdefault(reason, []).append(source.name(i))
     few = '; '.join(f'{listed(sorted(which))} ({shown(reason, 100)})'
                     for reason, which in list(names.items())[:3])
-    return TooManyBadFiles(f'{len(reasons):,} of {counted(n_seen, "image")} cannot be read '
-                           f'({len(reasons) / n_seen:.1%}; a run may skip {100 * limit:.3g}%, or '
-                           f'one): {few}{" ..." if len(names) > 3 else "."}')
+    error = TooManyBadFiles(f'{len(reasons):,} of {counted(n_seen, "image")} cannot be read '
+                            f'({len(reasons) / n_seen:.1%}; a run may skip {100 * limit:.3g}%, or '
+                            f'one): {few}{" ..." if len(names) > 3 else "."}')
+    error.source = source
+    return error
 
 def _allowed(n: int, limit: float) -> float:
     "Return how many of n images may be bad: a share, but one if there are more and any may."

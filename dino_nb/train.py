@@ -214,7 +214,9 @@ def knn_top1(backbone: torch.nn.Module, # a network that turns images into featu
     "Return the k-NN accuracy of a backbone's features."
     try: found = evaluate_knn(backbone, bank, test, config.global_size, config.eval_crop,
                               world=world, n_workers=_n_readers(bank, config))
-    except (TooManyBadFiles, NotFinite) as error: say(world, f'note: no k-NN: {error}'); return {}
+    except (TooManyBadFiles, NotFinite) as error:
+        if not config.probe and getattr(error, 'source', None) is bank: raise  # trained on, too
+        say(world, f'note: no k-NN: {error}'); return {}
     return {k: accuracy.top1 for k, accuracy in found.items()}
 
 def baselines(bank: ImageSource,  # labelled images to look neighbours up in
@@ -365,6 +367,9 @@ def sentences(status: int, # exit status
         raise SystemExit(status) from None
 
 # %% ../nbs/90_train.ipynb #9128242c
+def _ignore_signals():
+    for name in STOPPING: signal.signal(getattr(signal, name), signal.SIG_IGN)
+
 def leave(status: int): # exit status
     "End this process at once, without waiting for anything."
     end_workers()
@@ -377,7 +382,7 @@ def quiet_if_others_die(world: World): # this process among all
     except RuntimeError as error:
         words = ('gloo', 'nccl', 'connection', 'peer', 'timed out', 'timeout')
         if world.size == 1 or not any(word in str(error).lower() for word in words): raise
-        for name in STOPPING: signal.signal(getattr(signal, name), signal.SIG_IGN)  # it ends anyway
+        _ignore_signals()  # it ends anyway
         for _ in range(4):
             if why := asked_elsewhere(): raise Stopped(why) from None
             time.sleep(0.5)
@@ -415,9 +420,6 @@ def _ask_again(signals, ignored):
     if ignored.exc_type is not Stopped: sys.__unraisablehook__(ignored); return
     StopSignals.because, signals.caught = ignored.exc_value.why, None
     threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
-
-def _ignore_signals():
-    for name in STOPPING: signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 @contextmanager
 def stoppable(found: list,  # gets the run, as soon as there is one

@@ -309,5 +309,4 @@ def test_bad_files(images, tmp_path):
     for i in range(trained + 10, trained + 20): cut(i)
     status, out, err = run(MODULE + ['--data', folder, '--out', 'stopped'] + SMALL, tmp_path)
     assert status != 0 and 'Traceback' not in err
-    assert '1%' in err and any(f'{i:03}.jpg' in err for i in [trained, *range(trained + 10,
-                                                                             trained + 20)]), err
+    assert '1%' in err and f'{trained:03}.jpg' in err
