@@ -30,9 +30,9 @@ from .collapse import CollapseDoctor, collapse_stats
 from .core import (autocast, check_range, counted, default_of, generator, set_seed,
                           tell)
 from .data import BadFiles, ImageSource, TooManyBadFiles
-from .dist import (StepSampler, World, all_any, all_mean, all_mean_later, gather_list,
-                          gather_state, norm_statistics, on_rank0, share_statistics, split_like,
-                          split_weights)
+from .dist import (StepSampler, World, all_any, all_mean, all_mean_later,
+                          asked_elsewhere, gather_list, gather_state, norm_statistics, on_rank0,
+                          share_statistics, split_like, split_weights)
 from .head import DINOHead, Predictor
 from .loss import DINOLoss
 from .multicrop import MultiCropWrapper, split_views
@@ -446,7 +446,9 @@ def fit(self: Learner,
                 self._save(writer, save or self.stopped or self.step == self.n_steps, report)
             else: self.seconds += clock.tick()
             if self.stopped: break
-        if self.stopped: why, signals.caught = signals.caught or 'a signal', None  # heeded
+        if self.stopped:
+            why = signals.caught or asked_elsewhere() or 'a signal'
+            signals.caught = None  # heeded
         if folder: self._end_writing(writer)
     if self.stopped: report(self.farewell(why))
     return rows

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from processes import Forks
 from torchvision.transforms.functional import to_pil_image
 
 from dino_nb.shapes import Shapes
@@ -54,6 +55,14 @@ def images(tmp_path_factory):
         (folder/f'class_{label % 2}').mkdir(exist_ok=True)
         to_pil_image(image).save(folder/f'class_{label % 2}'/f'{i:03}.jpg')
     return folder
+
+
+@pytest.fixture(scope='session')
+def job():
+    "Starts the script without the seconds that imports take"
+    forks = Forks()
+    yield forks
+    forks.process.kill()
 
 
 class SmallDisk:

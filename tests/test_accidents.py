@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import (MODULE, SMALL, TORCHRUN, Forks, family_of, run, start, status_of, wait_for,
+from processes import (MODULE, SMALL, TORCHRUN, family_of, run, start, status_of, wait_for,
                        workers_of)
 
 from dino_nb.checkpoint import load_checkpoint
@@ -19,13 +19,6 @@ READERS = WORDS + ['--workers', '2']
 pytestmark = [
     pytest.mark.xdist_group('kills'),
     pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks at /proc')]
-
-
-@pytest.fixture(scope='module')
-def job():
-    forks = Forks()
-    yield forks
-    forks.process.kill()
 
 
 def until(path, text, seconds=60):
@@ -179,14 +172,19 @@ def two(images, folder, *more):
     return process, workers_of(process)
 
 
+def check_farewell(out, why, folder):
+    "One line says where the run stopped, and its checkpoint is of that step"
+    assert out.count(f'{why}: stopped after step') == 1, out
+    step = int(out.split('stopped after step ')[1].split()[0])
+    assert load_checkpoint(folder/'run'/'checkpoint.pt')['step'] == step
+
+
 def test_torchrun_is_killed(images, tmp_path):
     process, ranks = two(images, tmp_path)
     process.kill()
     assert not gone(ranks.values(), 30)
     out = process.stdout.read()
-    assert out.count('torchrun is gone: stopped after step') == 1, out
-    step = int(out.split('stopped after step ')[1].split()[0])
-    assert load_checkpoint(tmp_path/'run'/'checkpoint.pt')['step'] == step
+    check_farewell(out, 'torchrun is gone', tmp_path)
 
 
 def test_a_rank_that_stands_still(images, tmp_path):
@@ -199,9 +197,7 @@ def test_a_rank_that_stands_still(images, tmp_path):
     process.kill()
     os.kill(ranks[1], signal.SIGKILL)
     out = process.stdout.read()
-    assert out.count('SIGTERM: stopped after step') == 1, out
-    step = int(out.split('stopped after step ')[1].split()[0])
-    assert load_checkpoint(tmp_path/'run'/'checkpoint.pt')['step'] == step
+    check_farewell(out, 'SIGTERM', tmp_path)
 
 
 def test_one_rank_is_asked_before_the_first_step(images, tmp_path):

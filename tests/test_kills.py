@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import SMALL, Forks, same_run
+from processes import SMALL, same_run
 
 from dino_nb.checkpoint import load_checkpoint
 
@@ -19,13 +19,6 @@ SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 pytestmark = [
     pytest.mark.xdist_group('kills'),
     pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks at /proc')]
-
-
-@pytest.fixture(scope='module')
-def job():
-    forks = Forks()
-    yield forks
-    forks.process.kill()
 
 
 @pytest.fixture(scope='module')
