@@ -21,6 +21,11 @@ from torch import nn
 from .core import check_choice, check_range, default_dtype, shown
 
 # %% ../nbs/14_backbone.ipynb #1feda4eb
+def _resampling(old, new, like):
+    "Return the weights (new, old) of a line of old rows, by the published rule."
+    rows = torch.eye(old, dtype=like.dtype, device=like.device)[:, None, :, None]
+    return F.interpolate(rows, scale_factor=((new + 0.1) / old, 1), mode='bicubic')[:, 0, :, 0].T
+
 def resample_positions(positions: torch.Tensor,    # table (1, n_prefix + N, D)
                        old_grid: tuple[int, int],  # rows and columns of patches in the table
                        new_grid: tuple[int, int],  # rows and columns of patches wanted
@@ -29,10 +34,11 @@ def resample_positions(positions: torch.Tensor,    # table (1, n_prefix + N, D)
     "Return the position embeddings for another grid of patches, by the published rule."
     if tuple(old_grid) == tuple(new_grid): return positions
     prefix, patches = positions[:, :n_prefix], positions[:, n_prefix:]
-    scale = [(new + 0.1) / old for new, old in zip(new_grid, old_grid)]
-    patches = patches.unflatten(1, tuple(old_grid)).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, scale_factor=scale, mode='bicubic')
-    return torch.cat([prefix, patches.flatten(2).mT], 1)
+    rows, columns = (_resampling(*sides, positions) for sides in zip(old_grid, new_grid))
+    with torch.autocast(positions.device.type, enabled=False):
+        patches = torch.einsum('ia,jb,nabd->nijd', rows, columns, patches.unflatten(1, old_grid))
+    return torch.cat([prefix, patches.flatten(1, 2)], 1)
+
 
 # %% ../nbs/14_backbone.ipynb #6ddb462b
 class DINOViT(VisionTransformer):

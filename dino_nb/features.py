@@ -7,11 +7,12 @@ __all__ = ['eval_views', 'evaluation_mode', 'extract_features', 'raw_pixel_featu
 
 # %% ../nbs/30_features.ipynb #231582bd
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from torch import nn
+from torch.compiler import set_stance
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
@@ -103,9 +104,10 @@ def evaluation_mode(network: nn.Module # any network
                    ):                  # a context manager
     "Put a network into evaluation mode without gradients, and every module back afterwards."
     modes = [(module, module.training) for module in network.modules()]
+    compiled = any(module._compiled_call_impl for module, _ in modes)
     network.eval()
     try:
-        with torch.no_grad(): yield
+        with torch.no_grad(), set_stance('force_eager') if compiled else nullcontext(): yield
     finally:
         for module, mode in modes: module.training = mode
 

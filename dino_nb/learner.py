@@ -177,7 +177,8 @@ class Learner:
         if compiles is None: compiles = self.device.type == 'cuda' and not self.is_split
         for network in (self.student, self.teacher):
             set_fused_attention(network, self.device.type != 'cpu')
-            if compiles: network.backbone.compile(); network.head.compile()
+            for part in (network.backbone, network.head) if compiles else ():
+                part.compile(dynamic=False)
             if self.is_split: split_weights(network, self.world)
         if self.config.recompute: self.student.backbone.set_grad_checkpointing()
         if self.world.size == 1 or self.is_split: return self.student
