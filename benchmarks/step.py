@@ -61,6 +61,7 @@ class Step:
         else: self.optimizer = torch.optim.AdamW(groups, foreach=False)
         for group, decay in zip(self.optimizer.param_groups, (DECAY, 0.)):
             group.update(lr=LR, weight_decay=decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.shadow = None  # a copy of the teacher whose products need no casts of weights
         if 'teacher in bf16' in names:
             self.shadow = self.network(weights).requires_grad_(False)
@@ -103,10 +104,12 @@ class Step:
         student, teacher = self.forward()
         loss = self.loss(student, teacher, TEACHER_TEMP)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         if 'foreach clipping' in self.names: clip_gradients(self.student.parameters(), CLIP)
         else: clip_in_a_loop(self.student, CLIP)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         if 'one log-softmax' in self.names: self.loss.update_center(teacher)
         ema = ema_update if 'foreach EMA' in self.names else ema_in_a_loop
         ema(self.teacher, self.student, MOMENTUM)
