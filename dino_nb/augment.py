@@ -16,7 +16,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from .core import check_range, generator, shown, to_device
+from .core import check_range, generator, send, shown
 
 # %% ../nbs/03_augment.ipynb #13f43364
 def _pair(size: int | tuple) -> tuple:
@@ -214,13 +214,13 @@ def _resample_matrix(start, length, flip, n_in, n_out):
 
 # %% ../nbs/03_augment.ipynb #afede4ad
 def crop_views_batched(images: torch.Tensor,   # (B, 3, H, W) uint8, on any device
-                       params: ViewParams,     # the choices of these images, fields (B, V, ...)
+                       params: ViewParams,     # their choices, fields (B, V, ...)
                        settings: ViewSettings  # sizes of the views
                       ) -> list:               # (2·B, 3, h, w) and (n_local·B, 3, h, w) uint8
     "Crop, resize and mirror the views of a batch of images; crop-major."
     _check_uint8(images)
     x, (H, W) = images.float(), images.shape[-2:]
-    box, flip = (to_device(x, images.device).transpose(0, 1) for x in params[:2])
+    box, flip = (field.transpose(0, 1) for field in send(params[:2], images.device))
     crops = []
     with torch.autocast(images.device.type, enabled=False):
         for views, (h, w) in settings.resolutions():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shown', 'check_range', 'check_choice', 'tell', 'counted', 'listed', 'progress', 'default_of', 'regular_file',
-           'generator', 'set_seed', 'default_device', 'default_dtype', 'free_memory', 'to_device', 'autocast',
+           'generator', 'set_seed', 'default_device', 'default_dtype', 'free_memory', 'to_device', 'send', 'autocast',
            'to_display', 'show_images']
 
 # %% ../nbs/00_core.ipynb #0f37d7c1
@@ -198,6 +198,28 @@ def to_device(tensor: torch.Tensor, # on the CPU
              ) -> torch.Tensor:     # the same values there
     "Send a tensor to a device; to CUDA without waiting for it."
     return tensor.to(device, non_blocking=device.type == 'cuda')
+
+# %% ../nbs/00_core.ipynb #a7c43b18
+def _parts(packet, tensors):
+    "Return the places of tensors in a packet of bytes, as views of their types and shapes."
+    places = packet.split([-(-tensor.nbytes // 16) * 16 for tensor in tensors])
+    return [place[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for place, tensor in zip(places, tensors)]
+
+def _packet(tensors, pin):
+    "Return the bytes of tensors side by side, each from a multiple of 16 on."
+    size = sum(-(-tensor.nbytes // 16) * 16 for tensor in tensors)
+    packet = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    for part, tensor in zip(_parts(packet, tensors), tensors): part.copy_(tensor)
+    return packet
+
+def send(tensors: Sequence[torch.Tensor], # of any types and shapes; on the CPU, or there already
+         device: torch.device             # where they are wanted
+        ) -> list[torch.Tensor]:          # the same values there
+    "Send tensors to a device; to CUDA in one copy, without waiting for it."
+    if device.type != 'cuda' or all(tensor.is_cuda for tensor in tensors):
+        return [to_device(tensor, device) for tensor in tensors]
+    return _parts(to_device(_packet(tensors, pin=True), device), tensors)
 
 # %% ../nbs/00_core.ipynb #06ebc8b9
 def autocast(device: torch.device, # where the model runs

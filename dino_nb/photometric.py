@@ -7,20 +7,22 @@ __all__ = ['BRIGHTNESS', 'CONTRAST', 'SATURATION', 'HUE', 'LUMA', 'OPPOSITE', 'I
            'denormalize', 'photometric', 'photometric_views']
 
 # %% ../nbs/04_photometric.ipynb #a41daff4
+from itertools import islice
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from .augment import ViewParams
-from .core import to_device
+from .core import send
 
 # %% ../nbs/04_photometric.ipynb #a103a9ce
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # columns of the factors, as in torchvision
 LUMA = torch.tensor([0.2989, 0.587, 0.114])       # gray = 0.2989 R + 0.587 G + 0.114 B
 
 def _color_maps(params):
-    "Return A (4, n, 3, 3) and the share c (4, n) of the mean gray, for each of the four steps."
+    "Return A (4, n, 3, 3) and the share c (4, n) of the mean gray, for each step but hue's."
     kind, factor = params.order.T, params.factors.gather(1, params.order).T
-    factor = torch.where(params.jitter & (kind != HUE), factor, 1.)
     to_gray = (1 - factor) * (kind == SATURATION)
     matrices = factor[..., None, None] * torch.eye(3) + to_gray[..., None, None] * LUMA
     return matrices, (1 - factor) * (kind == CONTRAST)
@@ -28,7 +30,7 @@ def _color_maps(params):
 # %% ../nbs/04_photometric.ipynb #f7fbbdcc
 OPPOSITE = torch.tensor([3., 5., 1.]).view(3, 1, 1) / 6  # cyan, magenta, yellow, in turns
 
-def _turn_hue(x, turns):
+def _turn_hue(x, turns, opposite=OPPOSITE):
     "Return images (n, 3, H, W) with their colors moved along the circle by turns (n,)."
     red, green, blue = x.unbind(1)
     high = torch.maximum(torch.maximum(red, green), blue)
@@ -36,89 +38,136 @@ def _turn_hue(x, turns):
     sixths = torch.where(high == red, green - blue, torch.where(
         high == green, blue - red + 2 * chroma, red - green + 4 * chroma))
     hue = sixths / (6 * chroma).clamp_(min=1e-12) + turns[:, None, None]
-    away = hue[:, None] - to_device(OPPOSITE, x.device)
+    away = hue[:, None] - opposite
     distance = away.sub_(away.round()).abs_()
     return high[:, None] - distance.mul_(-6).add_(2).clamp_(0, 1).mul_(chroma[:, None])
 
 # %% ../nbs/04_photometric.ipynb #b15f98d7
-def _rows(mask, device): return to_device(mask.nonzero()[:, 0], device)
+def _by_hue(params):
+    "Return the views' order by the step of their hue, and how many are through after each step."
+    step = torch.where(params.jitter, (params.order == HUE).int().argmax(1), 4)
+    return step.argsort(stable=True), [(step <= i).sum().item() for i in range(4)]
 
-def _jitter(x, params):
-    "Return float images (n, 3, H, W) after the four jitters, each view's in its own order."
-    matrices, shares, turns, luma = (to_device(t, x.device) for t in
-                                     (*_color_maps(params), params.factors[:, HUE], LUMA))
-    for step, kind in enumerate(params.order.T):
-        offset = shares[step] * (x.mean((2, 3)) @ luma)
-        flat = torch.baddbmm(offset[:, None, None], matrices[step], x.flatten(2))
-        x = flat.clamp_(0, 1).view(x.shape)
-        turned = _rows(params.jitter & (kind == HUE), x.device)
-        x[turned] = _turn_hue(x[turned], turns[turned])
+# %% ../nbs/04_photometric.ipynb #3f7ab2d4
+class _Plan(NamedTuple):
+    "What it takes to color n views; they are sorted by the step at which their hue turns."
+    ends: list                # how many are through with hue after steps 0 to 3
+    order: torch.Tensor       # (n,) int64: the views, sorted
+    back: torch.Tensor        # (n,) int64: their places, to undo that
+    matrices: torch.Tensor    # (4, n, 3, 3): A of each step
+    shares: torch.Tensor      # (4, n): c of each step
+    turns: torch.Tensor       # (n,): of the color circle
+    luma: torch.Tensor
+    opposite: torch.Tensor
+    gray: torch.Tensor        # int64: which views turn gray
+    blurred: torch.Tensor     # (b,) int64: which views are blurred
+    vertical: torch.Tensor    # (3·b, taps): kernels of their channels, for columns
+    horizontal: torch.Tensor  # likewise, for rows
+    solarized: torch.Tensor   # (s,) int64: which views are solarized
+    thresholds: torch.Tensor  # (s, 1, 1, 1): theirs
+    mean: torch.Tensor        # (3, 1, 1): of ImageNet
+    std: torch.Tensor         # likewise
+
+# %% ../nbs/04_photometric.ipynb #74c6e1d8
+def _mix(x, matrices, shares, luma):
+    "Change images (n, 3, H, W) in place to A x + c · mean gray, cut to 0 to 1."
+    if not len(x): return
+    offset = shares * (x.mean((2, 3)) @ luma)
+    flat = torch.baddbmm(offset[:, None, None], matrices, x.flatten(2))
+    torch.clamp(flat.view(x.shape), 0, 1, out=x)
+
+def _jitter(x, plan):
+    "Return images (n, 3, H, W), sorted by a plan, after its four jitters; x is changed."
+    def mix(step, rows):
+        _mix(x[rows], plan.matrices[step, rows], plan.shares[step, rows], plan.luma)
+    ends, n = plan.ends, plan.ends[-1]
+    mix(0, slice(ends[0], n))  # hue is still to come
+    x = x.contiguous()         # crops made by matrices come column by column
+    for step in (1, 2): mix(step, slice(ends[step], n))
+    x[:n] = _turn_hue(x[:n], plan.turns[:n], plan.opposite)
+    for step in (1, 2, 3): mix(step, slice(0, ends[step - 1]))  # it has been
     return x
 
 # %% ../nbs/04_photometric.ipynb #53e8a606
 def _blur_kernels(sigma, size):
     "Return kernels (n, taps) for lines of size pixels, for sigma (n,) in pixels."
     reach = (4 * sigma).ceil().clamp(max=size - 1)
-    distance = torch.arange(-reach.max().item(), reach.max().item() + 1)
+    widest = max(reach.tolist(), default=0)
+    distance = torch.arange(-widest, widest + 1)
     kernels = torch.exp(-0.5 * (distance / sigma[:, None])**2) * (distance.abs() <= reach[:, None])
     return kernels / kernels.sum(-1, keepdim=True)
 
 # %% ../nbs/04_photometric.ipynb #cbf6fbde
-def _blur(x, sigma):
-    "Return images (n, 3, H, W) blurred with sigma (n,) in pixels, given on the CPU."
+def _blur(x, vertical, horizontal):
+    "Return images (n, 3, H, W) blurred with kernels (3n, taps) for columns and for rows."
     if not len(x): return x
-    vertical, horizontal = (
-        to_device(_blur_kernels(sigma, size).repeat_interleave(3, 0)[:, None], x.device)
-        for size in x.shape[2:])
     up, left = vertical.shape[-1] // 2, horizontal.shape[-1] // 2
     x_wide = F.pad(x.flatten(0, 1)[None], (left, left, up, up), mode='reflect')
-    x_wide = F.conv2d(x_wide, vertical[:, :, :, None], groups=len(vertical))
-    return F.conv2d(x_wide, horizontal[:, :, None], groups=len(horizontal)).view(x.shape)
+    x_wide = F.conv2d(x_wide, vertical[:, None, :, None], groups=len(vertical))
+    return F.conv2d(x_wide, horizontal[:, None, None], groups=len(horizontal)).view(x.shape)
 
 # %% ../nbs/04_photometric.ipynb #a19fdd08
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of R, G, B in 0 to 1
 IMAGENET_STD = (0.229, 0.224, 0.225)   # likewise
-
-def _statistics(device):
-    return (to_device(torch.tensor(values).view(3, 1, 1), device)
-            for values in (IMAGENET_MEAN, IMAGENET_STD))
+_STATISTICS = [torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)]
 
 def normalize(x: torch.Tensor   # (..., 3, H, W) float in 0 to 1; changed in place
              ) -> torch.Tensor: # the same tensor, about mean 0 and deviation 1
     "Subtract ImageNet's mean color and divide by its deviation, in place."
-    mean, std = _statistics(x.device)
+    mean, std = send(_STATISTICS, x.device)
     return x.sub_(mean).div_(std)
 
 def denormalize(x: torch.Tensor   # (..., 3, H, W) normalized float
                ) -> torch.Tensor: # (..., 3, H, W) in 0 to 1, to look at
     "Undo normalize."
-    mean, std = _statistics(x.device)
+    mean, std = send(_STATISTICS, x.device)
     return (x * std + mean).clamp(0, 1)
+
+# %% ../nbs/04_photometric.ipynb #d7c1f5a3
+def _plan(params, size):
+    "Return the plan for views of size (height, width), on the CPU."
+    order, ends = _by_hue(params)
+    params = params.rows(order)
+    gray, blurred, solarized = (mask.nonzero()[:, 0] for mask in (
+        params.gray, params.sigma > 0, params.solarize <= 1))
+    kernels = (_blur_kernels(params.sigma[blurred], side).repeat_interleave(3, 0) for side in size)
+    return _Plan(ends, order, order.argsort(), *_color_maps(params), params.factors[:, HUE], LUMA,
+                 OPPOSITE, gray, blurred, *kernels, solarized,
+                 params.solarize[solarized][:, None, None, None], *_STATISTICS)
+
+def _color(crops, plan):
+    "Return crops (n, 3, h, w) colored by a plan, whose tensors are where the crops are."
+    x = crops[plan.order].float()
+    if crops.dtype == torch.uint8: x /= 255
+    x = _jitter(x, plan)
+    x[plan.gray] = torch.einsum('nchw,c->nhw', x[plan.gray], plan.luma)[:, None]
+    x[plan.blurred] = _blur(x[plan.blurred], plan.vertical, plan.horizontal)
+    before = x[plan.solarized]
+    x[plan.solarized] = torch.where(before < plan.thresholds, before, 1 - before)
+    return x[plan.back].sub_(plan.mean).div_(plan.std)
+
+# %% ../nbs/04_photometric.ipynb #f1b6ce02
+def _color_all(groups, choices):
+    "Return groups of crops, each colored by its own choices."
+    device = groups[0].device
+    plans = [_plan(params, crops.shape[2:]) for crops, params in zip(groups, choices)]
+    sent = iter(send([tensor for plan in plans for tensor in plan[1:]], device))
+    plans = [_Plan(plan.ends, *islice(sent, len(plan) - 1)) for plan in plans]
+    with torch.autocast(device.type, enabled=False):
+        return [_color(crops, plan) for crops, plan in zip(groups, plans)]
 
 # %% ../nbs/04_photometric.ipynb #2f058b86
 def photometric(crops: torch.Tensor, # (n, 3, h, w) uint8, or float in 0 to 1; on any device
                 params: ViewParams   # their choices, fields (n, ...), on the CPU
                ) -> torch.Tensor:    # (n, 3, h, w) float32, normalized
     "Jitter, gray, blur, solarize and normalize crops, each by its own choices."
-    device = crops.device
-    with torch.autocast(device.type, enabled=False):
-        x = crops.float() / 255 if crops.dtype == torch.uint8 else crops.float()
-        x = _jitter(x, params)
-        threshold, luma = (to_device(t, device) for t in (params.solarize, LUMA))
-        rows = _rows(params.gray, device)
-        x[rows] = torch.einsum('nchw,c->nhw', x[rows], luma)[:, None]
-        rows = _rows(params.sigma > 0, device)
-        x[rows] = _blur(x[rows], params.sigma[params.sigma > 0])
-        rows = _rows(params.solarize <= 1, device)
-        before = x[rows]
-        x[rows] = torch.where(before < threshold[rows, None, None, None], before, 1 - before)
-        return normalize(x)
+    return _color_all([crops], [params])[0]
 
 # %% ../nbs/04_photometric.ipynb #c398b5be
 def photometric_views(crops: list[torch.Tensor], # crop-major groups (n·B, 3, h, w), on any device
                       params: ViewParams         # the choices of the B images, fields (B, V, ...)
                      ) -> list[torch.Tensor]:    # the same groups, float32, normalized
-    "Apply the color choices to the crops of a batch, one resolution after the other."
+    "Apply the color choices to the crops of a batch."
     sizes = [len(group) for group in crops]
     crop_major = [field.transpose(0, 1).flatten(0, 1).split(sizes) for field in params]
-    return [photometric(group, ViewParams(*fields)) for group, *fields in zip(crops, *crop_major)]
+    return _color_all(crops, [ViewParams(*fields) for fields in zip(*crop_major)])

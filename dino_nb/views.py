@@ -29,8 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .augment import (ViewParams, ViewSettings, crop_views, crop_views_batched, reduction,
                              sample_views, scale_boxes)
-from .core import (default_of, free_memory, progress, show_images, tell,
-                          to_device)
+from .core import (default_of, free_memory, progress, send, show_images, tell, to_device)
 from .data import BadImage, ImageSource
 from .photometric import denormalize, photometric_views
 
@@ -269,8 +268,8 @@ def memory_views(images: torch.Tensor,   # (N, 3, H, W) uint8, on the device tha
         epochs, indices = zip(*batch)
         rows = list(indices)
         params = sample_views(settings, seed, epochs, rows, sizes[rows])
-        picked = images[to_device(torch.tensor(rows), images.device)]
-        crops = crop_views_batched(picked, params, settings)
+        rows, box, flip = send((torch.tensor(rows), params.box, params.flip), images.device)
+        crops = crop_views_batched(images[rows], params._replace(box=box, flip=flip), settings)
         yield photometric_views(crops, params), []
 
 # %% ../nbs/05_views.ipynb #c1ebbc64
