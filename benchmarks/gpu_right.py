@@ -243,7 +243,8 @@ class Job:
         if self.launcher: begin = [*self.launcher, str(HERE.parent/'dino_nb'/'train.py')]
         command = [sys.executable, *begin, *common_words(self.args), '--out', str(self.folder),
                    *self.words]
-        env = os.environ | dict(PYTHONPATH=str(HERE.parent), CUBLAS_WORKSPACE_CONFIG=':4096:8',
+        paths = [str(HERE.parent), *filter(None, [os.environ.get('PYTHONPATH')])]
+        env = os.environ | dict(PYTHONPATH=os.pathsep.join(paths), CUBLAS_WORKSPACE_CONFIG=':4096:8',
                                 OMP_NUM_THREADS='1')
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True,
                                         stderr=subprocess.STDOUT)

@@ -111,6 +111,7 @@ def train_step(run: 'Learner',            # models, loss, optimizer and schedule
     apply_schedule(run.optimizer, now['lr'], now['weight_decay'])
     torch.manual_seed(run.step_seed())                     # drop path draws from here
 
+    if run.replays: torch.compiler.cudagraph_mark_step_begin()
     run.optimizer.zero_grad(set_to_none=True)
     before = torch.cat(run.statistics) if run.statistics else None
     parts = split_views(views, config.accumulate)
@@ -175,10 +176,11 @@ class Learner:
         "Return the student as it is trained: with fast kernels, gradients averaged over processes."
         compiles = self.config.compile
         if compiles is None: compiles = self.device.type == 'cuda' and not self.is_split
+        self.replays = bool(compiles) and self.device.type == 'cuda' and self.world.size == 1
+        how = dict(dynamic=False) | (dict(mode='reduce-overhead') if self.replays else {})
         for network in (self.student, self.teacher):
             set_fused_attention(network, self.device.type != 'cpu')
-            for part in (network.backbone, network.head) if compiles else ():
-                part.compile(dynamic=False)
+            for part in (network.backbone, network.head) if compiles else (): part.compile(**how)
             if self.is_split: split_weights(network, self.world)
         if self.config.recompute: self.student.backbone.set_grad_checkpointing()
         if self.world.size == 1 or self.is_split: return self.student
