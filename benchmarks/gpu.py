@@ -55,7 +55,8 @@ def run_stage(args):
     args.scratch = Path(tempfile.mkdtemp(prefix='dino_gpu_'))
     stage = getattr(importlib.import_module(WHERE[args.stage]), args.stage)
     with open(args.rows, 'a', buffering=1) as file:
-        def write(check, row): file.write(json.dumps(dict(stage=args.stage, check=check) | row) + '\n')
+        def write(check, row):
+            file.write(json.dumps(dict(stage=args.stage, check=check) | row) + '\n')
         try:
             for check, work in stage(args):
                 late = time.monotonic() > args.deadline
@@ -139,7 +140,8 @@ def line(row):
     words = row.get('left_out') or ', '.join(f'{k} {short(v)}' for k, v in
                                              row.get('figures', {}).items())
     if 'error' in row: words = row['error'].strip().splitlines()[-1]
-    return f'{mark:4}  {row["stage"]:9} {row["check"]:28} {row.get("seconds", 0):6.1f} s  {words}'[:200]
+    where = f'{mark:4}  {row["stage"]:9} {row["check"]:28} {row.get("seconds", 0):6.1f} s'
+    return f'{where}  {words}'[:200]
 
 
 def to_csv(path):
@@ -149,7 +151,7 @@ def to_csv(path):
     rows = [json.loads(text) for text in path.read_text().splitlines()]
     lines = [[row['stage'], row['check'], 'yes' if row['ok'] else 'no', name, short(value),
               *(row[key] for key in keys)] for row in rows if 'left_out' not in row
-             for name, value in (row.get('figures') or {'failed': ''}).items()]
+             for name, value in (row.get('figures') or dict.fromkeys(['-'], '')).items()]
     new = not target.exists()
     with open(target, 'a', newline='') as file:
         writer = csv.writer(file, lineterminator='\n')
@@ -164,7 +166,7 @@ def check(args):
     if missing: sys.exit(f'gpu.py needs {", ".join(missing)}; install it.')
     import torch
     if args.device == 'cuda' and not torch.cuda.is_available():
-        sys.exit('gpu.py: torch finds no CUDA device here; --device cpu runs all stages at toy size.')
+        sys.exit('gpu.py: torch finds no CUDA device here; --device cpu runs all at toy size.')
     if not args.minutes > 0: sys.exit(f'--minutes is {args.minutes:g}; it must be above 0.')
     unknown = set(args.only) - set(WHERE)
     if unknown: sys.exit(f'--only is {min(unknown)}; choose from {", ".join(WHERE)}.')
@@ -177,7 +179,7 @@ def check(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0], allow_abbrev=False)
     parser.add_argument('--minutes', type=float, default=9.)
-    parser.add_argument('--out', type=Path, default=Path('gpu_results'), help='where gpu.jsonl goes')
+    parser.add_argument('--out', type=Path, default=Path('gpu_results'), help='for gpu.jsonl')
     parser.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])
     parser.add_argument('--images', type=Path, help='folder of JPEGs for the whole run; none: made')
     parser.add_argument('--cifar', type=Path, help='CIFAR-10 as folders, or a tar of them')
@@ -191,7 +193,8 @@ def main():
     if args.stage: return run_stage(args)
     check(args)
     rows = run_all(args)
-    print(f'\n{sum(row["ok"] for row in rows)} of {len(rows)} checks hold; rows in {args.out}/gpu.jsonl')
+    hold = sum(row['ok'] for row in rows)
+    print(f'\n{hold} of {len(rows)} checks hold; rows in {args.out}/gpu.jsonl')
     sys.exit(any(not row['ok'] for row in rows))
 
 

@@ -47,7 +47,8 @@ def small_run(device, toy, **settings):
 def some_views(run, epoch=0):
     "Return views of the first images, made on the CPU, where the run computes."
     images = pictures()[:run.config.batch_size]
-    params = sample_views(run.config, 0, epoch, range(len(images)), [images.shape[2:]] * len(images))
+    sizes = [images.shape[2:]] * len(images)
+    params = sample_views(run.config, 0, epoch, range(len(images)), sizes)
     views = photometric_views(crop_views_batched(images, params, run.config), params)
     dtype = torch.float64 if run.dtype == torch.float64 else torch.float32
     return [group.to(run.device, dtype) for group in views]
@@ -71,8 +72,11 @@ def apart(found, truth):
     kinds, worst = defaultdict(list), {}
     for name, pair in off.items(): kinds[name.split()[0]].append(pair)
     for kind, pairs in kinds.items():
-        if kind == 'gradient': worst[kind] = max((d / v.clamp(min=1e-30)).item() for d, v in pairs)
-        else: worst[kind] = (sum(d**2 for d, _ in pairs) / sum(v**2 for _, v in pairs)).sqrt().item()
+        if kind == 'gradient':
+            worst[kind] = max((d / v.clamp(min=1e-30)).item() for d, v in pairs)
+            continue
+        off, whole = (sum(part**2 for part in parts) for parts in zip(*pairs))
+        worst[kind] = (off / whole).sqrt().item()
     return worst
 
 
@@ -244,8 +248,8 @@ class Job:
         command = [sys.executable, *begin, *common_words(self.args), '--out', str(self.folder),
                    *self.words]
         paths = [str(HERE.parent), *filter(None, [os.environ.get('PYTHONPATH')])]
-        env = os.environ | dict(PYTHONPATH=os.pathsep.join(paths), CUBLAS_WORKSPACE_CONFIG=':4096:8',
-                                OMP_NUM_THREADS='1')
+        env = os.environ | dict(PYTHONPATH=os.pathsep.join(paths), OMP_NUM_THREADS='1',
+                                CUBLAS_WORKSPACE_CONFIG=':4096:8')
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True,
                                         stderr=subprocess.STDOUT)
         return self
@@ -282,9 +286,9 @@ def last_step(folder):
 
 def common_words(args):
     "Return what all runs are started with: 60 steps with a k-NN in between."
-    epochs, steps = (16, 4) if args.toy else (4, 10)
+    epochs, steps, batch, workers = (16, 4, 8, 0) if args.toy else (4, 10, 32, 2)
     words = (f'--data {args.scratch}/data --recipe tiny --epochs {epochs} --warmup-epochs 1 '
-             f'--knn-every {epochs // 2} --batch-size {8 if args.toy else 32} --workers {0 if args.toy else 2} '
+             f'--knn-every {epochs // 2} --batch-size {batch} --workers {workers} '
              f'--log-every {steps} --checkpoint-steps {steps} --device {args.device}')
     return [*words.split(), *('--embed-dim 48 --depth 1 --num-heads 2'.split() if args.toy else [])]
 
@@ -312,7 +316,7 @@ def difference(one, other):
 def runs(args):
     "Yield the checks of whole runs; all of them start at once."
     make_data(args.scratch/'data', 32 if args.toy else 270)
-    middle = 4 if args.toy else 30
+    middle = 12 if args.toy else 30
     eager, torchrun = ('--no-compile',), ('-m', 'torch.distributed.run', '--standalone',
                                           '--nproc_per_node=1')
     whole = Job(args, 'whole', DETERMINISTIC, eager).start()
@@ -322,7 +326,8 @@ def runs(args):
         free = [Job(args, f'free{i}', words=eager).start() for i in range(2)]
         compiled = [Job(args, f'compiled{i}').start() for i in range(2)]
         crowded = Job(args, 'crowded', NO_MEMORY, eager).start()
-        split = Job(args, 'split', words=(*eager, '--fsdp', '--recompute'), launcher=torchrun).start()
+        words = *eager, '--fsdp', '--recompute'
+        split = Job(args, 'split', words=words, launcher=torchrun).start()
 
     def resumed():
         broken.kill_at(middle)

@@ -65,7 +65,8 @@ def inventory(args):
         inside = 2 * n / seconds_of(lambda: there.copy_(here), device, 5)[0]
         host = torch.empty(n // 4, dtype=torch.uint8, pin_memory=not args.toy)
         send = lambda: here[:n // 4].copy_(host, non_blocking=True)
-        return dict(copy_gb_s=inside / 1e9, to_device_gb_s=n / 4 / seconds_of(send, device, 5)[0] / 1e9)
+        sent = n / 4 / seconds_of(send, device, 5)[0]
+        return dict(copy_gb_s=inside / 1e9, to_device_gb_s=sent / 1e9)
     yield 'copies', copies
 
 
@@ -208,7 +209,7 @@ def photographs(args, n):
 def whole(args):
     "Yield what a run on photographs reaches, from files to the step."
     device, batch = torch.device(args.device), Toy.batch if args.toy else 64
-    source = photographs(args, 4 * batch if args.toy else 40 * batch)
+    source = photographs(args, 4 * batch if args.toy else 16 * batch)
     small = Toy.settings | dict(out_dim=1024) if args.toy else {}
     def learner(**settings):
         return Learner(make_config('vit_s16_100ep', **dict(

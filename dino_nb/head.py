@@ -28,7 +28,9 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self) -> torch.Tensor: # (out_dim, in_dim)
         "Return the rows v / |v| times their length g."
-        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+        v, g = self.weight_v, self.weight_g
+        if v.dtype == torch.float64: return v * (g / v.norm(dim=1, keepdim=True))
+        return torch._weight_norm(v, g, 0)  # on CUDA its lengths are never more than float32
 
     def forward(self,
                 x: torch.Tensor   # (..., in_dim)
