@@ -116,7 +116,7 @@ def run_all(args):
     for stages, share in PLAN.items():
         stages = [stage for stage in stages if not args.only or stage in args.only]
         left = begin + total - 3 - time.monotonic()
-        seconds = min(left, share / 540 * total if share else left)
+        seconds = min(left, share / 540 * total if share and args.device == 'cuda' else left)
         if not stages or seconds < 1: continue
         deadline = time.monotonic() + seconds
         running = [(start(stage, args, 0.9 * seconds, scratch/f'{stage}.jsonl'), stage)

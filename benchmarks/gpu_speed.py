@@ -44,7 +44,7 @@ def product_rate(device, dtype, size):
 
 def inventory(args):
     "Yield what the machine is, and what it can do at most."
-    device, size = torch.device(args.device), 512 if args.toy else 8192
+    device, size = torch.device(args.device), 128 if args.toy else 8192
     def programs():
         import timm
         found = dict(torch=torch.__version__, timm=timm.__version__,
@@ -114,7 +114,7 @@ def step(args):
     "Yield the published structure and ours, timed in turn on the same machine."
     device, batch = torch.device(args.device), Toy.batch if args.toy else 64
     dtype = default_dtype(device)
-    peak = product_rate(device, dtype, 256 if args.toy else 8192)
+    peak = product_rate(device, dtype, 128 if args.toy else 8192)
     known = {}
 
     def published():

@@ -35,8 +35,9 @@ def resample_positions(positions: torch.Tensor,    # table (1, n_prefix + N, D)
     if tuple(old_grid) == tuple(new_grid): return positions
     prefix, patches = positions[:, :n_prefix], positions[:, n_prefix:]
     rows, columns = (_resampling(*sides, positions) for sides in zip(old_grid, new_grid))
-    with torch.autocast(positions.device.type, enabled=False):
-        patches = torch.einsum('ia,jb,nabd->nijd', rows, columns, patches.unflatten(1, old_grid))
+    patches = patches.unflatten(1, old_grid)[:, None]                         # (1, 1, h, w, D)
+    patches = (rows[..., None, None] * patches).sum(2)[:, :, None]            # (1, h', 1, w, D)
+    patches = (columns[..., None] * patches).sum(3)                           # (1, h', w', D)
     return torch.cat([prefix, patches.flatten(1, 2)], 1)
 
 
