@@ -16,7 +16,7 @@ import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from .core import check_range, generator, send, shown
+from .core import check_range, send, shown, stream_seed
 
 # %% ../nbs/03_augment.ipynb #13f43364
 def _pair(size: int | tuple) -> tuple:
@@ -98,11 +98,12 @@ ROW = dict(area=10, ratio=10, place=2, flip=1, jitter=1, factors=4, order=4, gra
 
 def _uniforms(seed, epoch, indices, n_views):
     "Return for each use an array (B, V, n) of numbers uniform in [0, 1)."
-    epochs, width = np.broadcast_to(epoch, len(indices)), sum(ROW.values())
-    rows = [torch.rand(n_views * width, generator=generator(int(seed), 'views', int(e), int(i)))
-            for e, i in zip(epochs, indices)]
-    table = torch.stack(rows).double().numpy().reshape(len(rows), n_views, width)
-    return dict(zip(ROW, np.split(table, np.cumsum(list(ROW.values()))[:-1], axis=-1)))
+    epochs = np.broadcast_to(epoch, len(indices)).tolist()
+    table, stream = torch.empty(len(indices), n_views, sum(ROW.values())), torch.Generator()
+    for row, e, i in zip(table, epochs, indices):
+        row.uniform_(generator=stream.manual_seed(stream_seed(int(seed), 'views', e, int(i))))
+    ends = np.cumsum(list(ROW.values()))[:-1]
+    return dict(zip(ROW, np.split(table.double().numpy(), ends, axis=-1)))
 
 # %% ../nbs/03_augment.ipynb #4a759eb1
 LARGEST_RATIO = 4 / 3  # of width to height, and of height to width

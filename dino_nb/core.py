@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shown', 'check_range', 'check_choice', 'tell', 'counted', 'listed', 'progress', 'default_of', 'regular_file',
-           'generator', 'set_seed', 'default_device', 'default_dtype', 'free_memory', 'to_device', 'send', 'autocast',
-           'to_display', 'show_images']
+           'stream_seed', 'generator', 'set_seed', 'default_device', 'default_dtype', 'free_memory', 'to_device',
+           'send', 'autocast', 'to_display', 'show_images']
 
 # %% ../nbs/00_core.ipynb #0f37d7c1
 import difflib
@@ -141,11 +141,16 @@ def regular_file(path: str | Path # of a file that is to be opened
     raise OSError(errno.EINVAL, f'Is a {kinds.get(kind, "device")}, not a file', str(path))
 
 # %% ../nbs/00_core.ipynb #651d63b7
+def stream_seed(*keys: int | str # the stream's address, e.g. seed, epoch, index
+               ) -> int:         # 63 bits
+    "Return the seed of the random stream with an address."
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'little') >> 1
+
 def generator(*keys: int | str      # the stream's address, e.g. seed, epoch, index
              ) -> torch.Generator:  # CPU generator
     "Return a random generator that is a pure function of its keys."
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, 'little') >> 1)
+    return torch.Generator().manual_seed(stream_seed(*keys))
 
 # %% ../nbs/00_core.ipynb #29b5c673
 def set_seed(seed: int # any non-negative integer
