@@ -37,10 +37,20 @@ class Again:
         return sorted(str(p) for p in paths if read(ROOT/p) != read(self.top/p))
 
 
-def pytest_collection_modifyitems(items):
-    "Keep the tests that share the copy in one process, when pytest runs several"
-    for item in items:
-        if 'again' in item.fixturenames: item.add_marker(pytest.mark.xdist_group('again'))
+# Files whose tests share what takes long to make: one process runs them, when pytest runs several
+GROUPS = dict(test_repository='again', test_site='again', test_kills='kills', test_accidents='kills')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Not by xdist's own marks: xdist 3.8 writes them where pytest 9.2 does not look"
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return GROUPS.get(Path(nodeid.split('::')[0]).stem, nodeid)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope='session')

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -34,16 +35,16 @@ def run(command, cwd):
     return process.returncode, out, err
 
 
-def call(words, cwd, seconds=60):
+def call(words, cwd, seconds=60, main=None):
     """What `run` returns for the script with these words, by a fork of this process: the 7 s that
     imports take are paid once. A child that hangs or leaves a process behind is told as such."""
+    from dino_nb import train
     from dino_nb.settings import setting_docs
-    from dino_nb.train import main
     setting_docs()            # read once, for all forks
     torch.set_num_threads(1)  # a fork has none of its parent's threads
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         with warnings.catch_warnings(action='ignore'): child = os.fork()
-        if not child: _become(main, list(map(str, words)), cwd, out, err)
+        if not child: _become(main or train.main, list(map(str, words)), cwd, out, err)
         end = time.time() + seconds
         while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.time() < end:
             time.sleep(0.002)
@@ -54,6 +55,23 @@ def call(words, cwd, seconds=60):
         texts = [(file.seek(0), file.read().decode(errors='replace'))[1] for file in (out, err)]
     if left: return ('hangs' if not ended[0] else 'leaves a process'), *texts
     return os.waitstatus_to_exitcode(ended[1]), *texts
+
+
+def call_many(many, cwd):
+    "What `call` returns for each of many lists of words, by one fork for all that end by themselves"
+    from dino_nb import train
+
+    def serve(_):
+        for words in many:
+            status = 0
+            try: train.main(words)
+            except SystemExit as error: status = error.code or 0
+            for file in (sys.stdout, sys.stderr): file.write(f'\0{status}\0')
+
+    status, *texts = call([], cwd, seconds=20 * len(many), main=serve)
+    out, err = (text.split('\0') for text in texts)  # text, status, text, status, ..., rest
+    if status or len(out) != 2 * len(many) + 1: return [call(words, cwd) for words in many]
+    return list(zip(map(int, out[1::2]), out[0::2], err[0::2]))
 
 
 def _become(main, words, cwd, out, err):
@@ -74,42 +92,78 @@ def _become(main, words, cwd, out, err):
         os._exit(status)
 
 
+def places_of(ranks):
+    "The environment of each process of several, as a cluster's scheduler sets it"
+    with socket.create_server(('localhost', 0)) as free: port = free.getsockname()[1]
+    place = dict(WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks, MASTER_ADDR='localhost',
+                 MASTER_PORT=port)
+    return [{name: str(value) for name, value in dict(place, RANK=rank, LOCAL_RANK=rank).items()}
+            for rank in range(ranks)]
+
+
 class Forks:
-    "Starts the script again and again from one process that has imported everything"
+    """Starts the script again and again from one process that has imported everything
+
+    Figures take half the time of a short run: they are drawn where a test asks for them.
+    """
     LOOP = """
-import os, sys
+import json, os, sys
 from dino_nb import train
+def become(folder, words, place, figures):
+    if not figures: train.figures = lambda *args: {}
+    os.chdir(folder)
+    for name, number in ('out', 1), ('err', 2):
+        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    os.environ.update(place)
+    sys.argv = ['dino_train', *words]
+    train.main()
+    sys.exit()
 for line in sys.stdin:
-    folder, *sys.argv = line.rstrip('\\n').split('\\t')
-    if not (child := os.fork()):
-        os.chdir(folder)
-        for name, number in ('out', 1), ('err', 2):
-            os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-        train.main()
-        sys.exit()
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    folder, words, places, figures = json.loads(line)
+    pids = []
+    for place in places:
+        pids.append(os.fork())
+        if not pids[-1]: become(folder, words, place, figures)
+    print(*pids, flush=True)
+    print(*[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids], flush=True)
 """
     def __init__(self): self.process = start([sys.executable, '-c', self.LOOP], '.',
                                              stdin=subprocess.PIPE)
 
-    def __call__(self, words, cwd):
-        "Start the script; return its process id once it listens to signals"
-        line = '\t'.join(map(str, [cwd, 'dino_train', *words]))
+    def __call__(self, words, cwd, ranks=1, figures=False, **env):
+        "Start the script in so many processes; return the first one's id once all hear signals"
         self.cwd = Path(cwd)
+        for name in ('out', 'err'): (self.cwd/name).unlink(missing_ok=True)
+        places = [env] if ranks == 1 else [place | env for place in places_of(ranks)]
+        line = json.dumps([str(cwd), list(map(str, words)), places, figures])
         self.process.stdin.write(line + '\n'); self.process.stdin.flush()
-        self.pid = int(self.process.stdout.readline())
-        while (state := status_of(self.pid)) and not int(state['SigCgt'], 16) >> 14 & 1:
+        self.pids = list(map(int, self.process.stdout.readline().split()))
+        for pid in self.pids:
+            while (state := status_of(pid)) and not int(state['SigCgt'], 16) >> 14 & 1:
+                time.sleep(0.01)
+        return self.pids[0]
+
+    def reach(self, path, text=''):
+        "Wait until a file of the run holds a text"
+        while status_of(self.pids[0]) and not (path.exists() and text in path.read_text('latin')):
             time.sleep(0.01)
-        return self.pid
 
     def end(self, timeout=60):
-        "Exit status, what was printed, what was complained about, the seconds it took"
+        "Exit status (of several: a list), what was printed and complained about, the seconds"
         begin = time.monotonic()
-        while status_of(self.pid) and time.monotonic() < begin + timeout: time.sleep(0.02)
-        assert not status_of(self.pid), f'{self.pid} does not end'
+        while any(map(status_of, self.pids)) and time.monotonic() < begin + timeout:
+            time.sleep(0.02)
+        late = [pid for pid in self.pids if status_of(pid)]
+        for pid in late: os.kill(pid, signal.SIGKILL)
+        statuses = list(map(int, self.process.stdout.readline().split()))
+        assert not late, f'{late} do not end'
         out, err = ((self.cwd/name).read_text() for name in ('out', 'err'))
-        return int(self.process.stdout.readline()), out, err, time.monotonic() - begin
+        return statuses if len(statuses) > 1 else statuses[0], out, err, time.monotonic() - begin
+
+    def run(self, words, cwd, ranks=1, **env):
+        "What `run` returns for the script with these words"
+        self(words, cwd, ranks, **env)
+        return self.end(timeout=300)[:3]
 
 
 def status_of(pid):

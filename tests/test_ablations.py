@@ -37,14 +37,19 @@ def child(process, row):
 
 
 def test_kills_cost_one_run_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    path = tmp_path/'results'/'ablations'/'batch_norm.csv'
+    settings = ablations.run_settings('batch_norm', 'without', 0, 0.1)
+    ablations.append_row(path, dict.fromkeys(ablations.COLUMNS, 0.5) | dict(  # of an earlier call
+        table='batch_norm', row='without', seed=0, settings='{}',
+        config=ablations.config_id(settings)))
+    first, = rows(tmp_path)
     process = start(SHORT, tmp_path)
     last = child(process, 'with')
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err.count('\n') == 1 and 'interrupted' in err, err
-    assert 'batch_norm: 2 to make' in out and not Path(f'/proc/{last}').exists()
-    first, = rows(tmp_path)
-    assert (first['row'], first['settings']) == ('without', '{}')
+    assert 'batch_norm: 1 to make' in out and not Path(f'/proc/{last}').exists()
+    assert rows(tmp_path) == [first]
 
     def start_and_kill(run, epochs, jobs):
         process = start_run(run, epochs, jobs)
@@ -71,9 +76,10 @@ def test_kills_cost_one_run_and_the_same_command_goes_on(tmp_path, monkeypatch, 
     assert 'of other settings' in capsys.readouterr().err and len(rows(tmp_path)) == 2
 
 
-def test_an_unknown_table_is_one_sentence(tmp_path):
-    process = start(['--table', 'batch_nrm'], tmp_path)
-    out, err = process.communicate(timeout=100)
-    assert (process.returncode, out, err.count('\n')) == (2, '', 1)
+def test_an_unknown_table_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match='2'): ablations.main(['--table', 'batch_nrm'])
+    out, err = capsys.readouterr()
+    assert (out, err.count('\n')) == ('', 1)
     assert "table is 'batch_nrm', which is not known; did you mean batch_norm" in err
     assert not list(tmp_path.iterdir())

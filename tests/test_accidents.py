@@ -3,22 +3,21 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from processes import (MODULE, SMALL, TORCHRUN, family_of, run, start, status_of, wait_for,
+from processes import (MODULE, SMALL, TORCHRUN, call, family_of, run, start, status_of, wait_for,
                        workers_of)
 
 from dino_nb.checkpoint import load_checkpoint
+from dino_nb.train import stoppable
 
 WORDS = SMALL + ['--out', 'run', '--epochs', '400', '--knn-every', '0']
 READERS = WORDS + ['--workers', '2']
 
-pytestmark = [
-    pytest.mark.xdist_group('kills'),
-    pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks at /proc')]
+pytestmark = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks at /proc')
 
 
 def until(path, text, seconds=60):
@@ -79,20 +78,20 @@ def test_a_signal_to_all_processes_of_a_job(images, job, tmp_path):
     assert status == 0 and not err and 'SIGTERM: stopped after step' in out, (out, err)
 
 
-AT_A_FORK = """
-import os, signal, threading, time
-from dino_nb.train import stoppable
-os.register_at_fork(before=lambda: time.sleep(1))
-with stoppable([], alone=True):
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
-    if not os.fork(): os._exit(0)
-    time.sleep(9)
-"""
+def fork_and_wait(words):
+    "Is sent a signal while another's function is called at a fork"
+    os.register_at_fork(before=lambda: time.sleep(1))
+    try:
+        with stoppable([], alone=True):
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+            if not os.fork(): os._exit(0)
+            time.sleep(9)
+    finally: os.wait()
 
 
 def test_a_signal_where_python_ignores_errors(tmp_path):
     "Others' functions are called at a fork, and what is raised in them goes no further"
-    status, out, err = run([sys.executable, '-c', AT_A_FORK], tmp_path)
+    status, out, err = call([], tmp_path, main=fork_and_wait)
     assert status == 0 and out.startswith('SIGUSR1: stopped before') and not err, err
 
 
@@ -101,7 +100,7 @@ def test_a_folder_of_images_goes_away(images, job, tmp_path, back):
     "As a share does: it is waited for, and if it stays away the run ends with its last whole step"
     data, away = tmp_path/'data', tmp_path/'away'
     shutil.copytree(images, data)
-    pid = job(READERS + ['--data', data, '--epochs', '60'], tmp_path)
+    pid = job(READERS + ['--data', data, '--epochs', '15'], tmp_path)
     until(tmp_path/'run'/'log.jsonl', '"step": 3')
     family = family_of(pid)
     data.rename(away)
@@ -155,7 +154,6 @@ def test_nonsense_in_the_environment(job_env, name, value):
 @pytest.fixture
 def job_env(monkeypatch, tmp_path, capfd):
     "The script in a fork of this process, with one variable of a world of two changed"
-    from processes import call
     def start(name, value):
         for key, usual in dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0', MASTER_ADDR='localhost',
                                MASTER_PORT='29555').items(): monkeypatch.setenv(key, usual)
@@ -163,13 +161,6 @@ def job_env(monkeypatch, tmp_path, capfd):
         begin = time.monotonic()
         return *call(['--device', 'cpu'], tmp_path), time.monotonic() - begin
     return start
-
-
-def two(images, folder, *more):
-    "Start two processes that train; return torchrun, its ranks"
-    process = start(TORCHRUN + ['-m', 'dino_nb.train', '--data', images] + WORDS + [*more], folder)
-    wait_for(folder/'run'/'log.jsonl', process, '"step": 3')
-    return process, workers_of(process)
 
 
 def check_farewell(out, why, folder):
@@ -180,34 +171,34 @@ def check_farewell(out, why, folder):
 
 
 def test_torchrun_is_killed(images, tmp_path):
-    process, ranks = two(images, tmp_path)
+    command = TORCHRUN + ['-m', 'dino_nb.train', '--data', images] + WORDS
+    process = start(command, tmp_path)
+    wait_for(tmp_path/'run'/'log.jsonl', process, '"step": 3')
+    ranks = workers_of(process).values()
     process.kill()
-    assert not gone(ranks.values(), 30)
-    out = process.stdout.read()
-    check_farewell(out, 'torchrun is gone', tmp_path)
+    assert not gone(ranks, 30)
+    check_farewell(process.stdout.read(), 'torchrun is gone', tmp_path)
 
 
-def test_a_rank_that_stands_still(images, tmp_path):
+def test_a_rank_that_stands_still(images, job, tmp_path):
     "The other waits in an exchange; asked to stop, it ends with the last whole step"
-    process, ranks = two(images, tmp_path)
-    os.kill(ranks[1], signal.SIGSTOP)
+    job(['--data', images] + WORDS, tmp_path, ranks=2)
+    job.reach(tmp_path/'run'/'log.jsonl', '"step": 3')
+    os.kill(job.pids[1], signal.SIGSTOP)
     time.sleep(2)
-    os.kill(ranks[0], signal.SIGTERM)
-    assert not gone([ranks[0]], 20)
-    process.kill()
-    os.kill(ranks[1], signal.SIGKILL)
-    out = process.stdout.read()
+    os.kill(job.pids[0], signal.SIGTERM)
+    assert not gone(job.pids[:1], 20)
+    os.kill(job.pids[1], signal.SIGKILL)
+    status, out, err, _ = job.end()
+    assert status == [0, -signal.SIGKILL], err
     check_farewell(out, 'SIGTERM', tmp_path)
 
 
-def test_one_rank_is_asked_before_the_first_step(images, tmp_path):
+def test_one_rank_is_asked_before_the_first_step(images, job, tmp_path):
     "While the ranks share the first k-NN, the word goes round, and all end with status 0"
-    command = TORCHRUN + ['-m', 'dino_nb.train', '--data', images] + WORDS
-    process = start(command, tmp_path)
-    for line in process.stdout:
-        if line.startswith('dino_nb'): break
-    os.kill(workers_of(process)[1], signal.SIGUSR1)
-    begin = time.monotonic()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and time.monotonic() - begin < 30, err
+    job(['--data', images] + WORDS, tmp_path, ranks=2)
+    job.reach(tmp_path/'out', 'dino_nb')
+    os.kill(job.pids[1], signal.SIGUSR1)
+    status, out, err, seconds = job.end()
+    assert status == [0, 0] and seconds < 30, err
     assert out.count('SIGUSR1: stopped after step') == 1, out

@@ -98,7 +98,7 @@ def test_sbatch_with_the_real_script(cluster, tmp_path):
     "Two processes are told to stop in the middle; the job is queued again and goes on to the end"
     script = f'#!/bin/bash\nexec {sys.executable} -m dino_nb.train "$@"'
     (tmp_path/'bin'/'dino_train').write_text(script)
-    words = ('run --device cpu --depth 1 --embed-dim 48 --num-heads 2 --epochs 8 --log-every 5 '
+    words = ('run --device cpu --depth 1 --embed-dim 48 --num-heads 2 --epochs 4 --log-every 5 '
              '--knn-every 0 --data').split() + ['shards/{000000..000002}.tar']
     for i, image in enumerate(Shapes(60, size=24).images):
         (tmp_path/'images').mkdir(exist_ok=True)

@@ -26,8 +26,8 @@ SETTINGS = ('--depth 1 --embed-dim 32 --num-heads 2 --out-dim 512 --hidden-dim 6
 
 
 class Child:
-    "The script in a forked process, in a folder of its own choice"
-    def __init__(self, cwd, *words, settings=SETTINGS, **changes):
+    "The script in a forked process, in a folder of its own choice; figures only where wanted"
+    def __init__(self, cwd, *words, settings=SETTINGS, figures=lambda *args: {}, **changes):
         self.files = [Path(cwd)/f'.{time.monotonic_ns()}.{name}' for name in ('out', 'err')]
         self.pid = os.fork()
         if self.pid: return
@@ -37,6 +37,7 @@ class Child:
             for number, file in enumerate(self.files, 1):
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
+            changes['figures'] = figures
             for name, value in changes.items(): setattr(train, name, value)
             train.main([*settings, *map(str, words)])
             status = 0
@@ -86,7 +87,7 @@ def photos(tmp_path_factory):
 def finished(photos, tmp_path_factory):
     "A whole run, of ten steps"
     folder = tmp_path_factory.mktemp('finished')
-    status, _, err = Child(folder, '--data', photos, '--out', 'run').end()
+    status, _, err = Child(folder, '--data', photos, '--out', 'run', figures=train.figures).end()
     assert status == 0, err
     return folder/'run'
 
@@ -172,7 +173,8 @@ def test_links_are_replaced_and_not_followed(photos, finished, tmp_path):
     for name in ('checkpoint.pt.tmp', 'log.jsonl.tmp', 'config.json.tmp', 'curves.png.tmp'):
         (mine/name).write_text('mine'); (folder/name).symlink_to(mine/name)
     before = files_of(mine)
-    status, out, err = Child(tmp_path, '--data', photos, '--out', 'run').end()
+    words = '--data', photos, '--out', 'run'
+    status, out, err = Child(tmp_path, *words, figures=train.figures).end()
     assert status == 0 and 'going on at step 10 of 10' in out and not err, err
     assert files_of(mine) == before
     changed = ('config.json', 'log.jsonl', 'summary.json', 'views.png', 'curves.png')
@@ -199,9 +201,12 @@ def test_the_same_images_by_another_name_are_the_same_run(photos, finished, tmp_
         status, _, err = Child(tmp_path, *here, '--data', photos, *more).end()
         assert status == 2 and sentence in err and err.count('\n') == 1, err
         assert err.index('to go on') < err.index('--out') < err.index('--overwrite')  # last
-    (tmp_path/'copy'/'photos'/'00.jpg').unlink()
-    status, _, err = Child(tmp_path, *here, '--data', tmp_path/'copy'/'photos').end()
-    assert status == 2 and 'images changed' in err, err
+    image = tmp_path/'copy'/'photos'/'00.jpg'
+    for change in (lambda: image.rename(image.with_name('other.jpg')),
+                   image.with_name('other.jpg').unlink):
+        change()
+        status, _, err = Child(tmp_path, *here, '--data', image.parent).end()
+        assert status == 2 and 'images changed' in err and err.count('\n') == 1, err
     assert files_of(tmp_path/'run') == before
 
 
@@ -221,7 +226,7 @@ def test_a_disk_too_full_for_the_last_checkpoint(photos, small_disk, tmp_path):
     folder = small_disk.path/'run'
     words = ['--data', photos, '--out', folder]
     wide = ['--hidden-dim', 512, '--epochs', 12]
-    child = Child(tmp_path, *words, *wide)
+    child = Child(tmp_path, *words, *wide, figures=train.figures)
     child.reach(folder/'log.jsonl', '"step": 4')
     small_disk.fill(leave=2**19)
     status, out, err = child.end()
@@ -261,7 +266,8 @@ def test_a_folder_that_is_deleted_ends_the_run(photos, tmp_path):
 
 def test_a_figure_that_fails_is_a_note(photos, tmp_path):
     def broken(*args): raise RuntimeError('no screen')
-    status, out, err = Child(tmp_path, '--data', photos, '--out', 'run', plot_curves=broken).end()
+    words = '--data', photos, '--out', 'run'
+    status, out, err = Child(tmp_path, *words, figures=train.figures, plot_curves=broken).end()
     assert status == 0 and not err and 'note: curves.png could not be made' in out, out + err
     assert {'summary.json', 'views.png', 'attention.png'} <= files_of(tmp_path/'run').keys()
 
@@ -350,7 +356,7 @@ def fuzz(photos, finished, place, cases):
         kept = name == 'checkpoint.pt' and seed % 2
         if name == 'checkpoint.pt' and not kept: (folder/'checkpoint_last_good.pt').unlink()
         words = '--data', photos, '--out', folder
-        status, out, err = Child(place, *words, figures=lambda *args: {}).end()
+        status, out, err = Child(place, *words).end()
         story = f'seed {seed}, {name}, {kind}: status {status}\n{out}{err}'
         assert status in (0, 1, 2) and err.count('\n') == bool(status), story
         if status: assert len(err) < 700 and not (folder/'log_damaged.jsonl').exists(), story

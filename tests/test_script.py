@@ -34,9 +34,9 @@ def test_one_process_and_its_folder(images, tmp_path):
     assert all(expected <= row.keys() for row in rows) and any('knn_teacher' in row for row in rows)
 
 
-@pytest.mark.parametrize('script', [['-m', 'dino_nb.train'], [SCRIPT]], ids=['module', 'path'])
-def test_two_processes(images, tmp_path, script):
-    command = TORCHRUN + script + ['--data', images, '--precision', 'float32'] + SMALL
+def test_two_processes_that_run_the_file(images, tmp_path):
+    "By its path; by the module's name in test_ranks_that_die"
+    command = TORCHRUN + [SCRIPT, '--data', images, '--precision', 'float32'] + SMALL
     status, out, err = run(command + ['--out', 'two'], tmp_path)
     assert status == 0, err
     assert '2 process(es)' in out and out.count('20-NN accuracy  teacher') == 1
@@ -57,118 +57,49 @@ def test_workers_change_nothing(images):
     assert len(views[0]) == 2 * 8 and all(map(torch.equal, *views))
 
 
-@pytest.fixture(scope='module')
-def whole(images, tmp_path_factory):
-    "A run that nobody interrupted"
-    folder = tmp_path_factory.mktemp('whole')
-    status, _, err = run(MODULE + ['--data', images, '--out', 'run'] + SMALL + LONG, folder)
-    assert status == 0, err
-    return folder/'run'
-
-
-@pytest.mark.xdist_group('whole')
-def test_a_killed_run_goes_on_exactly(images, whole, tmp_path):
-    command, folder = MODULE + ['--data', images, '--out', 'run'] + SMALL + LONG, tmp_path/'run'
-    process = start(command, tmp_path)
-    wait_for(folder/'checkpoint_last_good.pt', process)  # step 6, in the middle of an epoch
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (folder/'summary.json').exists(), 'it was over before it could be killed'
-    status, out, err = run(command, tmp_path)
-    assert status == 0 and 'going on at step' in out, err
-    same_run(whole, folder)
-
-
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGUSR1', 'SIGINT'])
-def test_a_signal_writes_a_checkpoint_and_leaves(images, tmp_path, name):
-    "The way back, at moments drawn by chance, is in test_kills.py"
-    command, folder = MODULE + ['--data', images, '--out', 'run'] + SMALL + LONG, tmp_path/'run'
-    process = start(command, tmp_path)
-    wait_for(folder/'log.jsonl', process, 'step')
-    process.send_signal(getattr(signal, name))
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and f'{name}: stopped after step' in out and not err, err
+def test_a_signal_writes_a_checkpoint_and_leaves(images, job, tmp_path, name):
+    "The way back, after signals and kills at moments drawn by chance, is in test_kills.py"
+    folder = tmp_path/'run'
+    pid = job(['--data', images, '--out', 'run'] + SMALL + LONG, tmp_path)
+    job.reach(folder/'log.jsonl', 'step')
+    os.kill(pid, getattr(signal, name))
+    status, out, err, _ = job.end()
+    assert status == 0 and f'{name}: stopped after step' in out and not err, err
     stopped = int(out.split('stopped after step ')[1].split()[0])
     assert load_checkpoint(folder/'checkpoint.pt')['step'] == stopped < 80
 
 
-def test_the_second_ctrl_c_ends_at_once(images, tmp_path):
-    process = start(MODULE + ['--data', images, '--out', 'run', '--batch-size', '80'] + SMALL[8:]
-                    + ['--depth', '24', '--embed-dim', '384', '--accumulate', '80'], tmp_path)
-    wait_for(tmp_path/'run'/'log.jsonl', process)       # it is training; a step takes seconds
+def test_the_second_ctrl_c_ends_at_once(images, job, tmp_path):
+    pid = job(['--data', images, '--out', 'run', '--batch-size', '80'] + SMALL[8:]
+              + ['--depth', '24', '--embed-dim', '384', '--accumulate', '80'], tmp_path)
+    job.reach(tmp_path/'run'/'log.jsonl')               # it is training; a step takes seconds
     time.sleep(1)
-    for _ in range(2): process.send_signal(signal.SIGINT); time.sleep(0.7)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and 'Traceback' not in err and 'stopped after' not in out, err
+    for _ in range(2): os.kill(pid, signal.SIGINT); time.sleep(0.7)
+    status, out, err, _ = job.end(timeout=30)
+    assert status == 130 and 'Traceback' not in err and 'stopped after' not in out, err
 
 
-@pytest.mark.xdist_group('whole')
-def test_a_broken_checkpoint_is_replaced_by_the_one_before(images, whole, tmp_path):
-    command, folder = MODULE + ['--data', images, '--out', 'run'] + SMALL + LONG, tmp_path/'run'
-    process = start(command, tmp_path)
-    wait_for(folder/'checkpoint_last_good.pt', process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    data = (folder/'checkpoint_last_good.pt').read_bytes()
-    (folder/'checkpoint.pt').write_bytes(data[:len(data) // 2])
-    status, out, err = run(command, tmp_path)
-    assert status == 0 and 'cut short' in out and 'the one before it' in out and not err, err
-    assert (folder/'checkpoint_damaged.pt').exists()
-    same_run(whole, folder)
-    for name in ('checkpoint.pt', 'checkpoint_last_good.pt'): (folder/name).write_text('foreign')
-    (folder/'summary.json').unlink()
-    status, out, err = run(command, tmp_path)
-    assert status == 2 and 'no checkpoint' in err and len(err.strip().splitlines()) == 1, err
-
-
-@pytest.mark.xdist_group('whole')
-def test_a_full_disk_stops_nothing(images, whole, small_disk, tmp_path):
-    command = MODULE + ['--data', images, '--out', small_disk.path/'run'] + SMALL + LONG
-    process, folder = start(command, tmp_path), small_disk.path/'run'
-    wait_for(folder/'checkpoint.pt', process)
-    small_disk.fill()                                      # the next checkpoint does not fit
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if 'could not be written' in line: small_disk.empty(); break
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and not err, err
-    assert 'No space left' in lines[-1] and 'what was there is kept' in ''.join(lines) + out
-    same_run(whole, folder)
-
-
-def test_a_collapse_can_end_the_run(images, tmp_path):
+def test_a_collapse_can_end_the_run(images, job, tmp_path):
     "A teacher that is not sharpened answers nothing; the doctor says so, and the run ends with 3"
     tiny = '--global-size 16 --patch-size 8 --n-local 0 --depth 1 --embed-dim 32 --num-heads 2'
     soft = '--warmup-teacher-temp 1 --teacher-temp 1 --epochs 400 --log-every 50 --knn-every 0'
-    command = MODULE + ['--data', images, '--out', 'run']
-    command += f'{tiny} {soft} --batch-size 16 --cache device --on-collapse stop'.split()
-    status, out, err = run(command, tmp_path)
+    words = f'{tiny} {soft} --batch-size 16 --cache device --on-collapse stop'.split()
+    status, out, err = job.run(['--data', images, '--out', 'run', *words], tmp_path)
     assert status == 3 and 'uniform collapse: stopped after step' in out, err
     assert 'teacher_temp' in out and 'warning: ' in out                # before the first step, too
     files = {path.name for path in (tmp_path/'run').iterdir()}
     assert 'checkpoint.pt' in files and 'summary.json' not in files
 
 
-def test_without_a_recipe_settings_fit_the_images(images, tmp_path):
-    command = MODULE + ['--data', images, '--epochs', '0.5', '--depth', '1', '--device', 'cpu']
-    status, out, err = run(command + ['--out', 'chosen'], tmp_path)
+def test_without_a_recipe_settings_fit_the_images(images, job, tmp_path):
+    words = ['--data', images, '--epochs', '0.5', '--depth', '1', '--device', 'cpu']
+    status, out, err = job.run(words + ['--out', 'chosen'], tmp_path)
     assert status == 0, err
     assert 'no --recipe: chosen for 86 images' in out and '  out_dim 64: about 20 images' in out
     assert '  epochs' not in out  # given, so not chosen
-    status, out, err = run(command + ['--recipe', 'tiny', '--out', 'named'], tmp_path)
+    status, out, err = job.run(words + ['--recipe', 'tiny', '--out', 'named'], tmp_path)
     assert status == 2 and 'less than warmup_epochs' in err  # a recipe is taken as it is
-
-
-def test_other_images_are_refused(images, tmp_path):
-    data, out = tmp_path/'data', tmp_path/'run'
-    shutil.copytree(images, data)
-    command = MODULE + ['--data', data, '--out', out] + SMALL
-    assert run(command, tmp_path)[0] == 0
-    (out/'summary.json').unlink()
-    next(data.rglob('*.jpg')).rename(data/'class_1'/'another.jpg')
-    status, _, err = run(command, tmp_path)
-    assert status == 2 and 'images changed' in err and len(err.strip().splitlines()) == 1, err
 
 
 needs_split = pytest.mark.skipif(not CAN_SPLIT, reason='this torch is too old for --fsdp')
@@ -176,65 +107,61 @@ needs_split = pytest.mark.skipif(not CAN_SPLIT, reason='this torch is too old fo
 
 @needs_split
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
-def test_split_weights_go_on_after_a_kill_in_any_number_of_processes(images, tmp_path):
-    words = ['-m', 'dino_nb.train', '--data', images, '--precision', 'float64'] + SMALL + LONG
-    words += ['--drop-path-rate', 0]
-    assert run([sys.executable] + words + ['--out', 'whole'], tmp_path)[0] == 0
+def test_split_weights_go_on_after_a_kill_in_any_number_of_processes(images, job, tmp_path):
+    words = ['--data', images, '--precision', 'float64'] + SMALL + LONG
+    words += ['--drop-path-rate', 0, '--epochs', 8]
+    assert job.run(words + ['--out', 'whole'], tmp_path)[0] == 0
     words, folder = words + ['--out', 'run'], tmp_path/'run'
-    process = start(TORCHRUN + words + ['--fsdp'], tmp_path)
-    wait_for(folder/'checkpoint_last_good.pt', process)
-    for worker in workers_of(process).values(): os.kill(worker, signal.SIGKILL)
-    process.communicate(timeout=90)
-    process = start([sys.executable] + words, tmp_path)             # a split checkpoint, whole
-    wait_for(folder/'log.jsonl', process, '"step": 15')
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == 0 and 'going on at step' in out and 'stopped after' in out, err
-    status, out, err = run(TORCHRUN + words + ['--fsdp'], tmp_path)  # a whole checkpoint, split
-    assert status == 0 and 'going on at step' in out, err
+    job(words + ['--fsdp'], tmp_path, ranks=2)
+    job.reach(folder/'checkpoint_last_good.pt')
+    for rank in job.pids: os.kill(rank, signal.SIGKILL)
+    assert job.end()[0] == [-signal.SIGKILL] * 2
+    pid = job(words, tmp_path)                                      # a split checkpoint, whole
+    job.reach(folder/'log.jsonl', '"step": 15')
+    os.kill(pid, signal.SIGTERM)
+    status, out, err, _ = job.end()
+    assert status == 0 and 'going on at step' in out and 'stopped after' in out, err
+    status, out, err = job.run(words + ['--fsdp'], tmp_path, ranks=2)  # a whole checkpoint, split
+    assert status == [0, 0] and 'going on at step' in out, err
     for part in ('student', 'teacher', 'dino_loss'):
-        same_weights(tmp_path/'whole', folder, part, atol=carried(steps=80))
+        same_weights(tmp_path/'whole', folder, part, atol=carried(steps=40))
     found = [json.loads((tmp_path/name/'summary.json').read_text())['knn_teacher']['20']
              for name in ('whole', 'run')]
     assert found[0] == pytest.approx(found[1], abs=1e-6)
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
-def test_a_dying_rank_ends_the_job(images, tmp_path):
-    words = ['--data', images, '--out', 'run'] + SMALL + LONG + ['--epochs', '2000']
-    process = start(TORCHRUN + ['-m', 'dino_nb.train'] + words, tmp_path)
-    wait_for(tmp_path/'run'/'checkpoint.pt', process)
+def test_ranks_that_die(images, job, tmp_path):
+    "torchrun starts them again as often as it may; then the job ends, and can be taken up"
+    words = ['--data', images, '--precision', 'float64'] + SMALL + LONG
+    assert job.run(words + ['--out', 'whole'], tmp_path, ranks=2)[0] == [0, 0]
+    words, folder = words + ['--out', 'run'], tmp_path/'run'
+    process = start(TORCHRUN + ['--max-restarts', '1', '-m', 'dino_nb.train'] + words, tmp_path)
+    wait_for(folder/'checkpoint_last_good.pt', process)
+    os.kill(workers_of(process)[0], signal.SIGKILL)         # the one that writes
+    wait_for(folder/'log.jsonl', process, '"step": 24')
     os.kill(workers_of(process)[1], signal.SIGKILL)
     begin = time.time()
     out, err = process.communicate(timeout=90)
     assert process.returncode and time.time() - begin < 60, err
-    assert err.count('dino_train: the other processes are gone') == 1, err
-    assert 'SIGKILL' in err and 'dino_nb/learner.py' not in err, err  # no traceback of ours
+    assert 'going on at step' in out and 'SIGKILL' in err, out + err
+    assert err.count('dino_train: the other processes are gone') == 2, err
+    assert 'dino_nb/learner.py' not in err, err             # no traceback of ours
+    status, out, err = job.run(words, tmp_path, ranks=2)
+    assert status == [0, 0] and 'going on at step' in out, err
+    same_run(tmp_path/'whole', folder)
 
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
-def test_torchrun_restarts_a_run_that_lost_a_rank(images, tmp_path):
-    words = ['-m', 'dino_nb.train', '--data', images, '--precision', 'float64'] + SMALL + LONG
-    assert run(TORCHRUN + words + ['--out', 'whole'], tmp_path)[0] == 0
-    process = start(TORCHRUN + ['--max-restarts', '1'] + words + ['--out', 'run'], tmp_path)
-    wait_for(tmp_path/'run'/'checkpoint_last_good.pt', process)
-    os.kill(workers_of(process)[0], signal.SIGKILL)         # the one that writes
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0 and 'going on at step' in out, err
-    same_run(tmp_path/'whole', tmp_path/'run')
-
-
-@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
-def test_a_signal_stops_two_processes_after_the_same_step(images, tmp_path):
-    words = ['-m', 'dino_nb.train', '--data', images, '--precision', 'float64'] + SMALL + LONG
-    command = TORCHRUN + words + ['--out', 'run']
-    process = start(command, tmp_path)
-    wait_for(tmp_path/'run'/'log.jsonl', process, 'step')
-    os.kill(workers_of(process)[1], signal.SIGUSR1)         # only one of them hears it
-    out, err = process.communicate(timeout=90)
-    assert process.returncode == 0 and 'stopped after step' in out, err
-    status, out, err = run(command, tmp_path)
-    assert status == 0 and 'going on at step' in out, err
+def test_a_signal_stops_two_processes_after_the_same_step(images, job, tmp_path):
+    words = ['--data', images, '--out', 'run'] + SMALL + LONG + ['--epochs', '8']
+    job(words, tmp_path, ranks=2)
+    job.reach(tmp_path/'run'/'log.jsonl', 'step')
+    os.kill(job.pids[1], signal.SIGUSR1)                    # only one of them hears it
+    status, out, err, _ = job.end()
+    assert status == [0, 0] and 'stopped after step' in out, err
+    status, out, err = job.run(words, tmp_path, ranks=2)
+    assert status == [0, 0] and 'going on at step' in out, err
 
 
 @pytest.fixture
@@ -278,18 +205,7 @@ def test_bad_input_is_one_sentence(odd, words, sentence):
     assert sorted(odd.rglob('*')) == before
 
 
-def test_another_run_is_not_overwritten(images, tmp_path):
-    command = MODULE + ['--data', images, '--out', 'run'] + SMALL
-    assert run(command, tmp_path)[0] == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path/'run').iterdir()}
-    status, _, err = run(command + ['--lr', '0.5'], tmp_path)
-    assert status == 2 and 'lr' in err and '0.5' in err
-    status, out, _ = run(command, tmp_path)
-    assert status == 0 and 'finished' in out
-    assert {p.name: p.read_bytes() for p in (tmp_path/'run').iterdir()} == before
-
-
-def test_bad_files(images, tmp_path):
+def test_bad_files(job, tmp_path):
     "Two truncated files of 600 are left out, wherever they fall; a dozen stop the run"
     shapes, folder = Shapes(600, size=40), tmp_path/'many'
     for i, image in enumerate(shapes.images):
@@ -302,11 +218,12 @@ def test_bad_files(images, tmp_path):
     tested = {Path(test.name(i)).name for i in range(len(test))}
     trained = next(i for i in range(600) if f'{i:03}.jpg' not in tested)
     cut(trained); cut(next(i for i in range(600) if f'{i:03}.jpg' in tested))
-    status, out, err = run(MODULE + ['--data', folder, '--out', 'good'] + SMALL, tmp_path)
+    words = ['--data', folder] + SMALL + ['--epochs', '2']
+    status, out, err = job.run(words + ['--out', 'good'], tmp_path)
     assert status == 0, err
     assert f'{trained:03}.jpg' in (tmp_path/'good'/'bad_files.txt').read_text()
     assert 'bad_files.txt' in out and '20-NN accuracy  teacher' in out
     for i in range(trained + 10, trained + 20): cut(i)
-    status, out, err = run(MODULE + ['--data', folder, '--out', 'stopped'] + SMALL, tmp_path)
+    status, out, err = job.run(words + ['--out', 'stopped'], tmp_path)
     assert status != 0 and 'Traceback' not in err
     assert '1%' in err and f'{trained:03}.jpg' in err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import TORCHRUN, carried, run, same_weights
+from processes import carried, same_weights
 from torchvision.transforms.functional import to_pil_image
 from webdataset import ShardWriter
 
@@ -70,13 +70,14 @@ def test_workers_change_nothing(data):
     for (a, bad_a), (b, bad_b) in zip(*views): assert torch.equal(a, b) and bad_a == bad_b
 
 
-def test_two_processes_train_as_one(data, tmp_path, monkeypatch, capsys):
+def test_two_processes_train_as_one(data, job, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ['--data', str(data/'shards'/'{000..019}.tar')] + SMALL
     train.main(words + ['--out', 'one'])
     assert '20-NN accuracy  teacher' in capsys.readouterr().out  # the shards have labels
-    status, out, err = run(TORCHRUN + ['-m', 'dino_nb.train', *words, '--out', 'two'], tmp_path)
-    assert status == 0 and '2 process(es)' in out, err
+    status, out, err = job.run(words + ['--out', 'two'], tmp_path, ranks=2,
+                               XDG_CACHE_HOME=str(tmp_path/'cache'))
+    assert status == [0, 0] and '2 process(es)' in out, err
     same_weights(tmp_path/'one', tmp_path/'two', 'student', atol=carried(steps=12))
 
 
