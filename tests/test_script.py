@@ -83,8 +83,8 @@ def test_the_second_ctrl_c_ends_at_once(images, job, tmp_path):
 def test_a_collapse_can_end_the_run(images, job, tmp_path):
     "A teacher that is not sharpened answers nothing; the doctor says so, and the run ends with 3"
     tiny = '--global-size 16 --patch-size 8 --n-local 0 --depth 1 --embed-dim 32 --num-heads 2'
-    soft = '--warmup-teacher-temp 1 --teacher-temp 1 --epochs 400 --log-every 50 --knn-every 0'
-    words = f'{tiny} {soft} --batch-size 16 --cache device --on-collapse stop'.split()
+    soft = '--warmup-teacher-temp 1 --teacher-temp 1 --epochs 120 --log-every 50 --knn-every 0'
+    words = f'{tiny} {soft} --batch-size 8 --cache device --on-collapse stop'.split()
     status, out, err = job.run(['--data', images, '--out', 'run', *words], tmp_path)
     assert status == 3 and 'uniform collapse: stopped after step' in out, err
     assert 'teacher_temp' in out and 'warning: ' in out                # before the first step, too
@@ -133,19 +133,19 @@ def test_split_weights_go_on_after_a_kill_in_any_number_of_processes(images, job
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='finds processes in /proc')
 def test_ranks_that_die(images, job, tmp_path):
     "torchrun starts them again as often as it may; then the job ends, and can be taken up"
-    words = ['--data', images, '--precision', 'float64'] + SMALL + LONG
+    words = ['--data', images, '--precision', 'float64'] + SMALL + LONG + ['--epochs', '8']
     assert job.run(words + ['--out', 'whole'], tmp_path, ranks=2)[0] == [0, 0]
     words, folder = words + ['--out', 'run'], tmp_path/'run'
     process = start(TORCHRUN + ['--max-restarts', '1', '-m', 'dino_nb.train'] + words, tmp_path)
     wait_for(folder/'checkpoint_last_good.pt', process)
     os.kill(workers_of(process)[0], signal.SIGKILL)         # the one that writes
-    wait_for(folder/'log.jsonl', process, '"step": 24')
+    wait_for(folder/'log.jsonl', process, '"step": 18')
     os.kill(workers_of(process)[1], signal.SIGKILL)
     begin = time.time()
     out, err = process.communicate(timeout=90)
     assert process.returncode and time.time() - begin < 60, err
     assert 'going on at step' in out and 'SIGKILL' in err, out + err
-    assert err.count('dino_train: the other processes are gone') == 2, err
+    assert err.count('dino_train: the other processes are gone') == 1, err  # says rank 0
     assert 'dino_nb/learner.py' not in err, err             # no traceback of ours
     status, out, err = job.run(words, tmp_path, ranks=2)
     assert status == [0, 0] and 'going on at step' in out, err
