@@ -194,12 +194,14 @@ BAD = [('--data nowhere', 'nowhere'), ('--data empty', 'empty'), ('--data page.p
 
 
 @pytest.mark.parametrize('words,sentence', BAD, ids=[words for words, _ in BAD])
-def test_bad_input_is_one_sentence(odd, words, sentence):
+def test_bad_input_is_one_sentence(odd, images, words, sentence):
     "Three of them in a process of their own, the others in a fork of this one: the same in 0.1 s"
     if 'cuda' in words and torch.cuda.is_available(): pytest.skip('this machine has a GPU')
     before = sorted(odd.rglob('*'))
     alone = words in ('--data nowhere', '--teacher-tmp 0.04', '--out taken')
-    status, out, err = run(MODULE + words.split(), odd) if alone else call(words.split(), odd)
+    given = words.split()
+    if '--out' in words or '--probe' in words: given += ['--data', images]  # quickly opened
+    status, out, err = run(MODULE + given, odd) if alone else call(given, odd)
     assert status == 2, err
     assert sentence in err and 'Traceback' not in err and len(err.strip().splitlines()) == 1, err
     assert sorted(odd.rglob('*')) == before
