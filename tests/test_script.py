@@ -145,7 +145,8 @@ def test_ranks_that_die(images, job, tmp_path):
     out, err = process.communicate(timeout=90)
     assert process.returncode and time.time() - begin < 60, err
     assert 'going on at step' in out and 'SIGKILL' in err, out + err
-    assert err.count('dino_train: the other processes are gone') == 1, err  # says rank 0
+    said = err.count('dino_train: the other processes are gone')  # by rank 0, unless torchrun,
+    assert said + out.count('SIGTERM: stopped after step') == 1, err  # quicker, asked it to stop
     assert 'dino_nb/learner.py' not in err, err             # no traceback of ours
     status, out, err = job.run(words, tmp_path, ranks=2)
     assert status == [0, 0] and 'going on at step' in out, err
@@ -188,19 +189,19 @@ BAD = [('--data nowhere', 'nowhere'), ('--data empty', 'empty'), ('--data page.p
        ('--n-local -1', 'n_local'), ('--device cuda', 'cuda'),
        ('--epochs inf', 'finite'), ('--out-dim 1', 'out_dim'),
        ('--target sinkhron', 'did you mean sinkhorn'), ('--local-scale 0 0', 'local_scale'),
-       ('--target sinkhorn --batch-size 1', 'one at a time'),
-       ('--use-bn --batch-size 1', 'one at a time'),
+       ('--target sinkhorn --batch-size 2 --accumulate 2', 'one at a time'),
+       ('--use-bn --batch-size 2 --accumulate 2', 'one at a time'),
        ('--loss mse --target sinkhorn', 'which kind mse cannot compare')]
 
 
 @pytest.mark.parametrize('words,sentence', BAD, ids=[words for words, _ in BAD])
 def test_bad_input_is_one_sentence(odd, images, words, sentence):
-    "Three of them in a process of their own, the others in a fork of this one: the same in 0.1 s"
+    "Two of them in a process of their own, the others in a fork of this one: the same in 0.1 s"
     if 'cuda' in words and torch.cuda.is_available(): pytest.skip('this machine has a GPU')
     before = sorted(odd.rglob('*'))
-    alone = words in ('--data nowhere', '--teacher-tmp 0.04', '--out taken')
-    given = words.split()
-    if '--out' in words or '--probe' in words: given += ['--data', images]  # quickly opened
+    alone = words in ('--data nowhere', '--teacher-tmp 0.04')
+    given, late = words.split(), ('--out ', '--probe', '--loss', '--batch', '--global')
+    if any(name in words for name in late): given += ['--data', images]  # which open at once
     status, out, err = run(MODULE + given, odd) if alone else call(given, odd)
     assert status == 2, err
     assert sentence in err and 'Traceback' not in err and len(err.strip().splitlines()) == 1, err
@@ -220,7 +221,7 @@ def test_bad_files(job, tmp_path):
     tested = {Path(test.name(i)).name for i in range(len(test))}
     trained = next(i for i in range(600) if f'{i:03}.jpg' not in tested)
     cut(trained); cut(next(i for i in range(600) if f'{i:03}.jpg' in tested))
-    words = ['--data', folder] + SMALL + ['--epochs', '2']
+    words = ['--data', folder] + SMALL + ['--epochs', '1.5']
     status, out, err = job.run(words + ['--out', 'good'], tmp_path)
     assert status == 0, err
     assert f'{trained:03}.jpg' in (tmp_path/'good'/'bad_files.txt').read_text()
