@@ -21,7 +21,8 @@ CFG  = get_config()
 ROOT = CFG.config_path
 SITE = f'{CFG.doc_host}{CFG.doc_baseurl}'.rstrip('/')
 BLOB = f'{CFG.git_url}/blob/{CFG.branch}'
-PARTS = ['Ground', 'Method', 'Training', 'Evaluation', 'Experiments', 'Using it'] # by first digit
+PARTS = ['Start', 'Method', 'Method', 'Data', 'Training', 'Evaluation', 'Experiments',
+         'Using it'] # by first digit
 
 OPTION  = re.compile(r'^#\|\s*([\w-]+)\s*:?\s*(.*?)\s*$')
 SOURCE  = re.compile(r'\[source\]\((\S+?)\)\{target="_blank"[^}]*\}\s*')
