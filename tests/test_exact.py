@@ -56,7 +56,8 @@ def apart(one, other):
         assert part.keys() == whole.keys()
         far = [(part[name] - whole[name]).abs().max().item() for name in whole]
         return max(far) / max(value.abs().max().item() for value in whole.values())
-    return [of(part, whole) for whole, part in zip(one, other) if whole]
+    def moved(state): return any(value.any() for value in state.values())  # a center may be unused
+    return [of(part, whole) for whole, part in zip(one, other) if moved(whole) or moved(part)]
 
 
 MORE = [(2, {}), (4, {}), (1, dict(accumulate=4)), (2, dict(accumulate=2)),
