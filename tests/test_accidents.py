@@ -12,7 +12,7 @@ from processes import (MODULE, SMALL, TORCHRUN, call, family_of, run, start, sta
                        workers_of)
 
 from dino_nb.checkpoint import load_checkpoint
-from dino_nb.train import stoppable
+from dino_nb.stop import stoppable
 
 WORDS = SMALL + ['--out', 'run', '--epochs', '400', '--knn-every', '0']
 READERS = WORDS + ['--workers', '2']

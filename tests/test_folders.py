@@ -17,7 +17,7 @@ import torch.distributed as dist
 from PIL import Image
 from processes import SMALL
 
-from dino_nb import train
+from dino_nb import run, train
 from dino_nb.core import progress
 from dino_nb.data import TooManyBadFiles, check_images, find_splits, open_images
 from dino_nb.dist import World
@@ -105,7 +105,7 @@ def test_usual_names_of_splits(tmp_path, names):
     source, test = find_splits(root)
     assert (len(source), len(test), source.classes, test.classes) == (6, 6, *[['cat', 'dog']] * 2)
     assert source.notes[0] == f'trained on {names[0]}, judged on {names[1]}'
-    bank = train.open_data(make_config('tiny', data=str(root)))[1:]
+    bank = run.open_data(make_config('tiny', data=str(root)))[1:]
     assert [len(part) for part in bank] == [6, 6]
     with pytest.raises(ValueError, match=f'holds {names[0]} and {names[1]} images'):
         open_images(root)
@@ -258,7 +258,7 @@ def test_members_and_labels_of_tars(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- the script
-def data_of(**settings): return train.open_data(make_config('tiny', **settings))
+def data_of(**settings): return run.open_data(make_config('tiny', **settings))
 
 
 def test_a_fault_in_the_test_folder_leaves_training_alone(tmp_path):
@@ -301,7 +301,7 @@ def test_the_reason_why_there_is_no_knn(tmp_path):
 def test_the_embedded_images_and_a_folder_of_their_name(tmp_path, monkeypatch):
     folders(tmp_path, 'shapes/a', 'shapes/b')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, 'Shapes', lambda n=20, **kind: Shapes(min(n, 20), **kind))  # fewer
+    monkeypatch.setattr(run, 'Shapes', lambda n=20, **kind: Shapes(min(n, 20), **kind))  # fewer
     assert data_of()[0].notes == ['shapes are the embedded images; the folder of that name is '
                                   './shapes']
     assert data_of(data='./shapes')[0].notes[0] == '2 classes by folder: a, b'

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from dino_nb import train
+from dino_nb import report, run, train
 from dino_nb.checkpoint import LOCK, load_checkpoint, map_state
 from dino_nb.settings import config_record, make_config
 from dino_nb.shapes import Shapes
@@ -38,7 +38,8 @@ class Child:
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = open(1, 'w', closefd=False), open(2, 'w', closefd=False)
             changes['figures'] = figures
-            for name, value in changes.items(): setattr(train, name, value)
+            for name, value in changes.items():
+                setattr(train if hasattr(train, name) else report, name, value)
             train.main([*settings, *map(str, words)])
             status = 0
         except SystemExit as error: status = error.code or 0
@@ -87,7 +88,7 @@ def photos(tmp_path_factory):
 def finished(photos, tmp_path_factory):
     "A whole run, of ten steps"
     folder = tmp_path_factory.mktemp('finished')
-    status, _, err = Child(folder, '--data', photos, '--out', 'run', figures=train.figures).end()
+    status, _, err = Child(folder, '--data', photos, '--out', 'run', figures=report.figures).end()
     assert status == 0, err
     return folder/'run'
 
@@ -147,7 +148,7 @@ def test_what_a_run_or_a_shell_left_is_in_nobodys_way(photos, tmp_path):
     status, _, err = Child(tmp_path, '--data', photos, '--out', 'run').end()
     assert status == 0 and not err, err
     names = {path.name for path in (tmp_path/'run').iterdir()}
-    assert {'log.txt', 'nohup.out', 'summary.json'} <= names and not names & set(train.LEFTOVERS)
+    assert {'log.txt', 'nohup.out', 'summary.json'} <= names and not names & set(run.LEFTOVERS)
 
 
 def test_nothing_of_another_project_is_touched(photos, tmp_path):
@@ -174,7 +175,7 @@ def test_links_are_replaced_and_not_followed(photos, finished, tmp_path):
         (mine/name).write_text('mine'); (folder/name).symlink_to(mine/name)
     before = files_of(mine)
     words = '--data', photos, '--out', 'run'
-    status, out, err = Child(tmp_path, *words, figures=train.figures).end()
+    status, out, err = Child(tmp_path, *words, figures=report.figures).end()
     assert status == 0 and 'going on at step 10 of 10' in out and not err, err
     assert files_of(mine) == before
     changed = ('config.json', 'log.jsonl', 'summary.json', 'views.png', 'curves.png')
@@ -226,7 +227,7 @@ def test_a_disk_too_full_for_the_last_checkpoint(photos, small_disk, tmp_path):
     folder = small_disk.path/'run'
     words = ['--data', photos, '--out', folder]
     wide = ['--hidden-dim', 512, '--epochs', 12]
-    child = Child(tmp_path, *words, *wide, figures=train.figures)
+    child = Child(tmp_path, *words, *wide, figures=report.figures)
     child.reach(folder/'log.jsonl', '"step": 4')
     small_disk.fill(leave=2**19)
     status, out, err = child.end()
@@ -267,7 +268,7 @@ def test_a_folder_that_is_deleted_ends_the_run(photos, tmp_path):
 def test_a_figure_that_fails_is_a_note(photos, tmp_path):
     def broken(*args): raise RuntimeError('no screen')
     words = '--data', photos, '--out', 'run'
-    status, out, err = Child(tmp_path, *words, figures=train.figures, plot_curves=broken).end()
+    status, out, err = Child(tmp_path, *words, figures=report.figures, plot_curves=broken).end()
     assert status == 0 and not err and 'note: curves.png could not be made' in out, out + err
     assert {'summary.json', 'views.png', 'attention.png'} <= files_of(tmp_path/'run').keys()
 
