@@ -21,7 +21,8 @@ from dino_nb.dist import World
 from dino_nb.knn import evaluate_knn, pixel_knn
 from dino_nb.learner import Learner, build_student, train_step
 from dino_nb.settings import make_config
-from dino_nb.views import MultiCrop, cache_images, read_ahead, to_views
+from dino_nb.views import MultiCrop, cache_images, to_views
+from dino_nb.workers import read_ahead
 
 CPU = torch.device('cpu')
 

@@ -16,7 +16,8 @@ from PIL import Image, ImageFilter, ImageOps
 from torchvision import transforms as T
 
 from dino_nb.augment import ViewSettings, crop_views, crop_views_batched, sample_views
-from dino_nb.data import decode_image, open_images
+from dino_nb.data import open_images
+from dino_nb.decode import decode_image
 from dino_nb.features import eval_views
 from dino_nb.photometric import photometric_views
 from dino_nb.views import MultiCrop, ViewBatch, collate_views, to_views

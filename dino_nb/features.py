@@ -19,9 +19,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from .backbone import network_dtype
 from .core import autocast, check_range, counted, progress
-from .data import BadFiles, BadImage, ImageSource
+from .data import ImageSource
+from .decode import BadFiles, BadImage
 from .photometric import normalize
-from .views import read_ahead
+from .workers import read_ahead
 
 # %% ../nbs/50_features.ipynb #d9f4927e
 def _covering_shape(height, width, h, w):

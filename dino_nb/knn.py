@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from .core import check_choice, check_range, default_of
-from .data import BadFiles, ImageSource, TooManyBadFiles
+from .data import ImageSource
+from .decode import BadFiles, TooManyBadFiles
 from .dist import World, all_any, all_mean, gather_list, gather_rows, shard
 from .features import extract_features, raw_pixel_features
 

@@ -29,7 +29,8 @@ from .checkpoint import (CheckpointWriter, StopSignals, check_like, format_row, 
 from .collapse import CollapseDoctor, collapse_stats
 from .core import (autocast, check_range, counted, default_of, generator, set_seed,
                           tell)
-from .data import BadFiles, ImageSource, TooManyBadFiles
+from .data import ImageSource
+from .decode import BadFiles, TooManyBadFiles
 from .dist import (StepSampler, World, all_any, all_mean, all_mean_later,
                           asked_elsewhere, gather_list, gather_state, norm_statistics, on_rank0,
                           share_statistics, split_like, split_weights)

@@ -25,7 +25,8 @@ from .backbone import convolves
 from .checkpoint import new_file, plot_curves, read_json, write_log, write_text
 from .collapse import check_config
 from .core import check_range, counted, default_dtype, shown, tell
-from .data import ImageSource, TooManyBadFiles
+from .data import ImageSource
+from .decode import TooManyBadFiles
 from .dist import World
 from .features import eval_views
 from .knn import NotFinite, evaluate_knn, pixel_knn

@@ -21,10 +21,11 @@ from .backbone import reason_of
 from .checkpoint import (LOCK, BadCheckpoint, FellBack, FolderLock, check_like,
                                 load_checkpoint, read_json, set_aside, write_text)
 from .core import autocast, default_of, free_memory, generator, shown
-from .data import (RECORD, ImageSource, TooManyBadFiles, check_images, open_images,
-                          open_train, probe_split)
+from .data import ImageSource, check_images, open_images, open_train, probe_split
+from .decode import TooManyBadFiles
 from .dist import World, gather_list, on_rank0
 from .features import evaluation_mode
+from .folders import RECORD
 from .learner import Learner, build_student, run_dtype
 from .report import say
 from .settings import TrainConfig, config_changes, config_record

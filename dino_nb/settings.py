@@ -22,7 +22,8 @@ from .augment import ViewSettings
 from .backbone import check_backbone, create_backbone
 from .centering import TARGETS
 from .core import check_choice, check_range, default_of, shown
-from .data import DECODERS, check_value_range
+from .data import DECODERS
+from .decode import check_value_range
 from .head import ACTIVATIONS, DINOHead
 from .loss import KINDS, DINOLoss
 from .schedules import make_schedules

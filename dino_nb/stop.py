@@ -20,7 +20,7 @@ from .checkpoint import STOPPING, Deadline, Stopped, StopSignals
 from .core import shown, tell
 from .dist import World, asked_elsewhere, tell_others
 from .report import say
-from .views import end_workers
+from .workers import end_workers
 
 # %% ../nbs/82_stop.ipynb #1cab67ca
 @contextmanager

@@ -29,7 +29,8 @@ import torch
 from .augment import ViewSettings
 from .collapse import USUAL_RATES, suggest_recipe
 from .core import progress
-from .data import ImageSource, TooManyBadFiles
+from .data import ImageSource
+from .decode import TooManyBadFiles
 from .dist import World, close_dist, env_number, init_dist, on_rank0, whole_weights
 from .learner import Learner
 from .report import (announce, baselines, knn_top1, publish, read_summary, result_lines,

@@ -19,7 +19,8 @@ from processes import SMALL
 
 from dino_nb import run, train
 from dino_nb.core import progress
-from dino_nb.data import TooManyBadFiles, check_images, find_splits, open_images
+from dino_nb.data import check_images, find_splits, open_images
+from dino_nb.decode import TooManyBadFiles
 from dino_nb.dist import World
 from dino_nb.knn import pixel_knn
 from dino_nb.settings import make_config

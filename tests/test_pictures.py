@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageOps
 
 from dino_nb.augment import ViewSettings, crop_views, sample_views
-from dino_nb.data import IMAGE_EXTENSIONS, BadImage, ImageSource, decode_image, open_images
+from dino_nb.data import ImageSource, open_images
+from dino_nb.decode import IMAGE_EXTENSIONS, BadImage, decode_image
 from dino_nb.features import extract_features, raw_pixel_features
 from dino_nb.shapes import Shapes
 from dino_nb.shards import BadShard, open_shards
