@@ -33,7 +33,8 @@ class ImageFiles:
     def decoded(self, i: int, reduce: callable = None
                ) -> tuple: # (3, H, W) uint8, (height, width) in the file
         "Return an image, smaller if reduce and the settings allow it, and its size."
-        return read_pixels(*self.open(i), self.value_range, reduce if self.decode == 'fast' else None)
+        return read_pixels(*self.open(i), self.value_range,
+                           reduce if self.decode == 'fast' else None)
 
 class _Files(ImageFiles):
     "Files below root."
@@ -167,7 +168,8 @@ def _labels_of(dataset):
         labels = []
         for i in range(len(dataset)):
             try: item = dataset[i]
-            except Exception as error: raise BadImage(f'image {i}', why_unreadable(error)) from error
+            except Exception as error:
+                raise BadImage(f'image {i}', why_unreadable(error)) from error
             if not isinstance(item, (tuple, list)) or len(item) < 2: return None
             labels.append(item[1])
     return labels

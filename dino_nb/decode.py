@@ -247,7 +247,7 @@ def allowed_bad(n: int,      # images
 class BadFiles:
     "The images of a run that could not be read; too many of them stop it."
     def __init__(self,
-                 source: Sequence,      # the images of the run, with names: source.name(index)
+                 source: Sequence,      # the images of the run, with source.name(index)
                  limit: float = 0.01):  # largest share of them that may be skipped, 0 to 1
         self.source, self.limit = source, check_range('limit', limit, 0, 1)
         self.reasons = {}               # index -> reason
