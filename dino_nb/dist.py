@@ -116,7 +116,9 @@ def init_dist(device: torch.device | str | None = None # cpu, cuda or mps; None:
 def close_dist():
     "Leave the other processes, if there are any."
     _STORE.clear()
-    if dist.is_initialized(): dist.destroy_process_group()
+    if not dist.is_initialized(): return
+    time.sleep(0.2)  # torch 2.6 hangs where its threads still have to let go of Python's tensors
+    dist.destroy_process_group()
 
 # %% ../nbs/42_dist.ipynb #add1a1ad
 def all_mean_later(tensor: torch.Tensor # floating; the same shape in every process
