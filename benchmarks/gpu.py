@@ -164,9 +164,6 @@ def check(args):
     "Stop with one sentence where nothing can run."
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing: sys.exit(f'gpu.py needs {", ".join(missing)}; install it.')
-    import torch
-    if args.device == 'cuda' and not torch.cuda.is_available():
-        sys.exit('gpu.py: torch finds no CUDA device here; --device cpu runs all at toy size.')
     if not args.minutes > 0: sys.exit(f'--minutes is {args.minutes:g}; it must be above 0.')
     unknown = set(args.only) - set(WHERE)
     if unknown: sys.exit(f'--only is {min(unknown)}; choose from {", ".join(WHERE)}.')
@@ -174,6 +171,9 @@ def check(args):
         args.out.mkdir(parents=True, exist_ok=True)
         open(args.out/'gpu.jsonl', 'a').close()
     except OSError as error: sys.exit(f'--out is {args.out}, which cannot be written ({error}).')
+    import torch
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        sys.exit('gpu.py: torch finds no CUDA device here; --device cpu runs all at toy size.')
 
 
 def main():

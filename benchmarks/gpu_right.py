@@ -287,9 +287,10 @@ def last_step(folder):
 
 def common_words(args):
     "Return what all runs are started with: 60 steps with a k-NN in between."
-    epochs, steps, batch, workers = (16, 4, 8, 0) if args.toy else (4, 10, 32, 2)
+    epochs, steps, batch, workers = (4, 4, 8, 0) if args.toy else (4, 10, 32, 2)
+    knn = 0 if args.toy else epochs // 2
     words = (f'--data {args.scratch}/data --recipe tiny --epochs {epochs} --warmup-epochs 1 '
-             f'--knn-every {epochs // 2} --batch-size {batch} --workers {workers} '
+             f'--knn-every {knn} --batch-size {batch} --workers {workers} '
              f'--log-every {steps} --checkpoint-steps {steps} --device {args.device}')
     return [*words.split(), *('--embed-dim 48 --depth 1 --num-heads 2'.split() if args.toy else [])]
 
