@@ -49,7 +49,7 @@ test-notebooks: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --timing
 
 test-repository: $(VENV)/.dev
-	$(BIN)/python -m pytest tests -n logical --dist loadgroup --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n logical --dist loadgroup --durations=5
 
 docs: $(VENV)/.dev
 	$(BIN)/python docs/build.py
