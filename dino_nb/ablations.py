@@ -26,13 +26,13 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .checkpoint import read_log, write_log
 from .collapse import CollapseDoctor
 from .core import check_choice, check_range
 from .data import ImageSource, open_images
 from .features import extract_features
 from .knn import knn_accuracy, pixel_knn
 from .learner import Learner, build_student
+from .log import read_log, write_log
 from .settings import RECIPES, TrainConfig, make_config
 from .shapes import Shapes
 

@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'STOPPING', 'LOCK', 'fcntl', 'new_file', 'save_checkpoint', 'CheckpointWriter', 'check_like', 'BadCheckpoint',
-           'FellBack', 'load_checkpoint', 'set_aside', 'Stopped', 'StopSignals', 'Deadline', 'write_text', 'write_log',
-           'DamagedLog', 'read_json', 'read_log', 'FolderLock', 'format_row', 'plot_curves']
+           'FellBack', 'load_checkpoint', 'set_aside', 'Stopped', 'StopSignals', 'Deadline', 'FolderLock']
 
 # %% ../nbs/43_checkpoint.ipynb #aa0a52e9
-import json
 import os
 import select
 import signal
@@ -17,13 +15,12 @@ import time
 import warnings
 import zipfile
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
-from errno import EACCES, EAGAIN, EINVAL, ENOSPC
+from datetime import datetime
+from errno import EACCES, EAGAIN, EINVAL
 from importlib import import_module, util
 from pathlib import Path
 from platform import node
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -256,67 +253,6 @@ class Deadline:
         self._thread.join(1)
         StopSignals.because = None
 
-# %% ../nbs/43_checkpoint.ipynb #d1c6d4a2
-def write_text(path: str | Path, # a text file
-               text: str         # what it is to hold
-              ):
-    "Write a text file such that a crash leaves the old one or the new one."
-    with new_file(path) as file: file.write(text)
-
-def write_log(path: str | Path, # a run's log.jsonl
-              rows: list[dict], # what to write
-              mode: str = 'w'   # w: anew, in one stroke; a: at the end
-             ):
-    "Write rows to a log, one line each; what does not fit is not begun."
-    lines = ''.join(json.dumps(row) + '\n' for row in rows)
-    if mode == 'w': return write_text(path, lines)
-    with open(path, 'ab', buffering=0) as file:
-        end = file.tell()
-        if file.write(lines.encode()) == len(lines): return
-        file.truncate(end)
-        raise OSError(ENOSPC, os.strerror(ENOSPC))
-
-# %% ../nbs/43_checkpoint.ipynb #93b466d6
-class DamagedLog(UserWarning):
-    "Lines of a log were left out."
-
-def _read_dict(text: bytes, like: dict, where: str, others: object = None) -> dict:
-    "Return the dict in a JSON text, checked against an example of what it must and may hold."
-    try: found = json.loads(text)
-    except RecursionError: raise ValueError(f'{where} is nested too deeply') from None
-    if not isinstance(found, dict): raise ValueError(f'{where} is not a JSON object')
-    for name in like:
-        if name not in found: raise ValueError(f'{where} has no {name}')
-    if others is not None: like = dict.fromkeys(found, others) | like
-    check_like({name: found[name] for name in like}, like, where)
-    return found
-
-def read_json(path: str | Path, # a file that a run has written
-              like: dict        # what it must hold, by example
-             ) -> dict:         # what it holds
-    "Return the dict in a JSON file, or raise a ValueError that says what is wrong with it."
-    path = Path(path)
-    try:
-        if not path.is_file(): raise ValueError('it is not a file')
-        return _read_dict(path.read_bytes(), like, path.name)
-    except ValueError as error:
-        raise ValueError(f'{path} is damaged: {str(error).rstrip(".")}.') from None
-
-def read_log(path: str | Path,            # a run's log.jsonl
-             up_to: float = float('inf'), # last step wanted
-             like: dict = dict(step=0),   # what every row must hold, by example
-             others: object = None        # example of what else it may hold; None: anything
-            ) -> list[dict]:              # its rows; none if there is no file
-    "Return the rows of a log up to a step; damaged lines are left out, with a warning."
-    path, rows, faults = Path(path), [], []
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try: rows.append(_read_dict(line, like, f'line {number}', others))
-        except ValueError as error:
-            if line.endswith(b'\n'): faults.append(f'line {number}: {shown(error)}')
-    if faults: warnings.warn(f'{path} has {len(faults)} damaged lines ({faults[0]}).', DamagedLog)
-    return [row for row in rows if row['step'] <= up_to]
-
 # %% ../nbs/43_checkpoint.ipynb #300fe016
 LOCK = '.dino_nb.lock'  # in a run's folder, as long as a process writes there
 fcntl = import_module('fcntl') if util.find_spec('fcntl') else None  # Windows has no such locks
@@ -378,41 +314,3 @@ class FolderLock:
         with suppress(OSError):
             if _is_at(self.file, self.path): self.path.unlink()
         self.file.close()
-
-# %% ../nbs/43_checkpoint.ipynb #772f1889
-def format_row(row: dict,          # one row of the log
-               n_steps: int,       # steps of the whole run
-               epochs: float,      # epochs of the whole run
-               seconds_left: float # until the end of training
-              ) -> str:            # one line
-    "Return a row of the log as a line for the terminal."
-    left = timedelta(seconds=int(seconds_left))
-    knn = ''.join(f'  {name} {row[name]:.1%}' for name in row if name.startswith('knn'))
-    step = f'{row["step"]:{len(str(n_steps))}}/{n_steps}'
-    skipped = f'  {row["skipped"]} steps left out' if row.get('skipped') else ''
-    return (f'epoch {row["epoch"]:5.1f}/{epochs:g}  step {step}'
-            f'  loss {row["loss"]:.3f}  entropy {row["teacher_entropy"]:.3f}  KL {row["kl"]:.3f}'
-            f' (ln K {row["ln_k"]:.2f})  {row["images_per_second"]:.0f} images/s'
-            f'  waiting {row["waiting"]:.0%}  left {left}  {row["verdict"]}{skipped}{knn}')
-
-# %% ../nbs/43_checkpoint.ipynb #95a9a6d3
-def plot_curves(rows: list[dict],             # a run's log
-                baselines: dict | None = None # name -> accuracy, drawn as level lines
-               ) -> plt.Figure:               # three panels
-    "Plot what a run's log holds: the split of the loss, k-NN, and the pace."
-    fig, (split, knn, pace) = plt.subplots(1, 3, figsize=(11, 3), layout='constrained')
-    def column(name): return zip(*[(row['epoch'], row[name]) for row in rows if name in row])
-    for name in ('loss', 'teacher_entropy', 'kl'):
-        split.plot(*column(name), label=name.replace('_', ' '))
-    split.axhline(rows[0]['ln_k'], color='gray', ls=':', label='ln K')
-    split.set(xlabel='epoch', ylabel='nats', ylim=0, title='loss = entropy + KL')
-    for name in sorted({n for row in rows for n in row if n.startswith('knn')}):
-        knn.plot(*column(name), 'o-', ms=3, label=name.replace('_', ' '))
-    for (name, value), style in zip((baselines or {}).items(), [':', '--', '-.']):
-        knn.axhline(value, color='gray', ls=style, label=name)
-    knn.set(xlabel='epoch', ylabel='20-NN accuracy', ylim=(0, 1), title='k-NN')
-    pace.plot(*column('images_per_second'), color='tab:blue')
-    pace.set(xlabel='epoch', ylabel='images/s', ylim=0, title='pace')
-    for ax in (split, knn):
-        if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7)
-    return fig

@@ -24,8 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from timm.layers import convert_sync_batchnorm
 
 from .backbone import create_backbone, network_dtype, set_fused_attention
-from .checkpoint import (CheckpointWriter, StopSignals, check_like, format_row, read_log,
-                                set_aside, write_log, write_text)
+from .checkpoint import CheckpointWriter, StopSignals, check_like, set_aside
 from .collapse import CollapseDoctor, collapse_stats
 from .core import (autocast, check_range, counted, default_of, generator, set_seed,
                           tell)
@@ -35,6 +34,7 @@ from .dist import (StepSampler, World, all_any, all_mean, all_mean_later,
                           asked_elsewhere, gather_list, gather_state, norm_statistics, on_rank0,
                           share_statistics, split_like, split_weights)
 from .head import DINOHead, Predictor
+from .log import format_row, read_log, write_log, write_text
 from .loss import DINOLoss
 from .multicrop import MultiCropWrapper, split_views
 from .optim import (apply_schedule, clip_gradients, freeze_last_layer, make_optimizer,

@@ -22,7 +22,7 @@ from . import __version__
 from .attention import (attention_maps, attention_share, best_head_jaccard, mass_mask,
                                reads_class_token, show_attention)
 from .backbone import convolves
-from .checkpoint import new_file, plot_curves, read_json, write_log, write_text
+from .checkpoint import new_file
 from .collapse import check_config
 from .core import check_range, counted, default_dtype, shown, tell
 from .data import ImageSource
@@ -31,6 +31,7 @@ from .dist import World
 from .features import eval_views
 from .knn import NotFinite, evaluate_knn, pixel_knn
 from .learner import Learner, build_student
+from .log import plot_curves, read_json, write_log, write_text
 from .settings import TrainConfig, setting_docs
 from .shapes import Shapes
 from .views import MultiCrop, count_workers, show_views

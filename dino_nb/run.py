@@ -19,7 +19,7 @@ from . import __version__
 from .attention import attention_maps, reads_class_token
 from .backbone import reason_of
 from .checkpoint import (LOCK, BadCheckpoint, FellBack, FolderLock, check_like,
-                                load_checkpoint, read_json, set_aside, write_text)
+                                load_checkpoint, set_aside)
 from .core import autocast, default_of, free_memory, generator, shown
 from .data import ImageSource, check_images, open_images, open_train, probe_split
 from .decode import TooManyBadFiles
@@ -27,6 +27,7 @@ from .dist import World, gather_list, on_rank0
 from .features import evaluation_mode
 from .folders import RECORD
 from .learner import Learner, build_student, run_dtype
+from .log import read_json, write_text
 from .report import say
 from .settings import TrainConfig, config_changes, config_record
 from .shapes import Shapes
