@@ -14,7 +14,7 @@ import torch
 from dino_nb.backbone import reason_of
 from dino_nb.data import open_images
 from dino_nb.features import extract_features
-from dino_nb.learner import Learner
+from dino_nb.loop import Learner
 from dino_nb.settings import make_config
 from dino_nb.shapes import Shapes
 

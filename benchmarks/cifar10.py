@@ -16,7 +16,8 @@ import torch
 
 from dino_nb.data import ImageSource, find_splits
 from dino_nb.knn import evaluate_knn, pixel_knn
-from dino_nb.learner import Learner, build_student, train_step
+from dino_nb.learner import build_student, train_step
+from dino_nb.loop import Learner
 from dino_nb.settings import RECIPES, make_config, typed_settings
 from dino_nb.views import cache_images
 

@@ -226,14 +226,14 @@ main()
 '''
 DETERMINISTIC = 'torch.use_deterministic_algorithms(True)'
 NO_MEMORY = '''
-from dino_nb import learner
-step = learner.train_step
+from dino_nb import loop
+step = loop.train_step
 def limited(run, *args):
     if run.step == 25:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1e-5)
     return step(run, *args)
-learner.train_step = limited
+loop.train_step = limited
 '''
 
 

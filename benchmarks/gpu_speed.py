@@ -19,7 +19,8 @@ from dino_nb.core import default_dtype
 from dino_nb.data import ImageSource, find_splits, open_images
 from dino_nb.dist import World
 from dino_nb.knn import evaluate_knn, pixel_knn
-from dino_nb.learner import Learner, build_student, train_step
+from dino_nb.learner import build_student, train_step
+from dino_nb.loop import Learner
 from dino_nb.settings import make_config
 from dino_nb.views import MultiCrop, cache_images, to_views
 from dino_nb.workers import read_ahead

@@ -31,8 +31,9 @@ from .core import check_choice, check_range
 from .data import ImageSource, open_images
 from .features import extract_features
 from .knn import knn_accuracy, pixel_knn
-from .learner import Learner, build_student
+from .learner import build_student
 from .log import read_log, write_log
+from .loop import Learner
 from .settings import RECIPES, TrainConfig, make_config
 from .shapes import Shapes
 

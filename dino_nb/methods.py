@@ -20,7 +20,7 @@ from .ablations import TABLES, Table
 from .core import check_choice, check_range, generator
 from .data import ImageSource
 from .features import extract_features
-from .learner import Learner
+from .loop import Learner
 from .loss import DINOLoss
 from .settings import TrainConfig, make_config
 from .softmax import at_least_float32

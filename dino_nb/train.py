@@ -32,7 +32,7 @@ from .core import progress
 from .data import ImageSource
 from .decode import TooManyBadFiles
 from .dist import World, close_dist, env_number, init_dist, on_rank0, whole_weights
-from .learner import Learner
+from .loop import Learner
 from .report import (announce, baselines, knn_top1, publish, read_summary, result_lines,
                             say, summarize)
 from .run import check_folder, check_memory, claim, open_data, resume, try_network

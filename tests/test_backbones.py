@@ -12,7 +12,7 @@ from dino_nb.data import open_images
 from dino_nb.dist import World
 from dino_nb.features import extract_features
 from dino_nb.knn import evaluate_knn
-from dino_nb.learner import Learner
+from dino_nb.loop import Learner
 from dino_nb.settings import make_config
 from dino_nb.shapes import Shapes
 from dino_nb.teacher import make_teacher

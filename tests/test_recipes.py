@@ -9,7 +9,7 @@ import torch
 from dino_nb.checkpoint import load_checkpoint
 from dino_nb.data import open_images
 from dino_nb.knn import evaluate_knn
-from dino_nb.learner import Learner
+from dino_nb.loop import Learner
 from dino_nb.settings import CHOICES, RECIPES, TrainConfig, make_config
 from dino_nb.shapes import Shapes
 from dino_nb.train import main
