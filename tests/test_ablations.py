@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from dino_nb import ablations
+from dino_nb.rows import COLUMNS, append_row, config_id
+from dino_nb.tables import run_settings
 
 COMMAND = [sys.executable, '-m', 'dino_nb.ablations']
 SHORT = '--table batch_norm --seeds 1 --epochs 0.1'.split()
@@ -38,10 +40,10 @@ def child(process, row):
 
 def test_kills_cost_one_run_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
     path = tmp_path/'results'/'ablations'/'batch_norm.csv'
-    settings = ablations.run_settings('batch_norm', 'without', 0, 0.1)
-    ablations.append_row(path, dict.fromkeys(ablations.COLUMNS, 0.5) | dict(  # of an earlier call
+    settings = run_settings('batch_norm', 'without', 0, 0.1)
+    append_row(path, dict.fromkeys(COLUMNS, 0.5) | dict(  # of an earlier call
         table='batch_norm', row='without', seed=0, settings='{}',
-        config=ablations.config_id(settings)))
+        config=config_id(settings)))
     first, = rows(tmp_path)
     process = start(SHORT, tmp_path)
     last = child(process, 'with')
