@@ -44,11 +44,11 @@ class _Clock:
 
     def lap(self):
         "Start anew."
-        self.seconds, self.waited, self.steps, self.mark = 0., 0., 0, time.time()
+        self.seconds, self.waited, self.steps, self.mark = 0., 0., 0, time.monotonic()
 
     def tick(self) -> float: # seconds since the last tick or lap
         "Count the time up to now."
-        passed, self.mark = time.time() - self.mark, time.time()
+        passed, self.mark = time.monotonic() - self.mark, time.monotonic()
         self.seconds += passed
         return passed
 
@@ -56,9 +56,9 @@ class _Clock:
         "Yield the items of a stream and add up how long each one took to come."
         stream = iter(stream)
         while True:
-            begin = time.time()
+            begin = time.monotonic()
             item = next(stream, None)
-            self.waited += time.time() - begin
+            self.waited += time.monotonic() - begin
             if item is None: return
             self.steps += 1
             yield item
