@@ -9,7 +9,6 @@ Stages run in the order of their worth, each in a process of its own; every row 
 soon as it is known. What fails leaves its traceback there and stops nothing else.
 """
 import argparse
-import csv
 import gc
 import importlib.util
 import json
@@ -132,12 +131,11 @@ def run_all(args):
 
 # What is said --------------------------------------------------------------------------------
 
-def short(value): return f'{value:.3g}' if isinstance(value, float) else str(value)
-
 def line(row):
     "Return one line of the table."
+    from common import shown
     mark = 'left' if 'left_out' in row else 'ok' if row['ok'] else 'FAIL'
-    words = row.get('left_out') or ', '.join(f'{k} {short(v)}' for k, v in
+    words = row.get('left_out') or ', '.join(f'{k} {shown(v)}' for k, v in
                                              row.get('figures', {}).items())
     if 'error' in row: words = row['error'].strip().splitlines()[-1]
     where = f'{mark:4}  {row["stage"]:9} {row["check"]:28} {row.get("seconds", 0):6.1f} s'
@@ -146,18 +144,14 @@ def line(row):
 
 def to_csv(path):
     "Append the figures of a visit to results/gpu.csv, one a line."
-    target = HERE/'results'/'gpu.csv'
+    from common import write_rows
     keys = 'gpu', 'cpu', 'cores', 'python', 'torch', 'torchvision', 'date', 'commit', 'command'
     rows = [json.loads(text) for text in path.read_text().splitlines()]
-    lines = [[row['stage'], row['check'], 'yes' if row['ok'] else 'no', name, short(value),
-              *(row[key] for key in keys)] for row in rows if 'left_out' not in row
-             for name, value in (row.get('figures') or dict.fromkeys(['-'], '')).items()]
-    new = not target.exists()
-    with open(target, 'a', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        if new: writer.writerow(['stage', 'check', 'ok', 'figure', 'value', *keys])
-        writer.writerows(lines)
-    print(f'{len(lines)} rows added to {target}')
+    write_rows('gpu', [
+        dict(stage=row['stage'], check=row['check'], ok='yes' if row['ok'] else 'no', figure=name,
+             value=value) | {key: row[key] for key in keys}
+        for row in rows if 'left_out' not in row
+        for name, value in (row.get('figures') or {'-': ''}).items()], {})
 
 
 def check(args):

@@ -8,7 +8,6 @@ import sys
 import time
 from collections import defaultdict
 from itertools import islice
-from pathlib import Path
 
 import torch
 from gpu import HERE, LeftOut

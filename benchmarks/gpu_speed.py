@@ -12,6 +12,7 @@ import input as inputs
 import step as steps
 import torch
 from gpu import LeftOut
+from profile_step import matrix_peak
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_nb.backbone import set_fused_attention
@@ -36,14 +37,6 @@ def seconds_of(work, device, repeats, warmups=2):
     return middle, (times[-1 - len(times) // 4] - times[len(times) // 4]) / middle
 
 
-def product_rate(device, dtype, size):
-    "Return the FLOP/s of square products of random matrices."
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    def ten():
-        for _ in range(10): a @ b
-    return 20 * size**3 / seconds_of(ten, device, 5)[0]
-
-
 def inventory(args):
     "Yield what the machine is, and what it can do at most."
     device, size = torch.device(args.device), 128 if args.toy else 8192
@@ -59,7 +52,7 @@ def inventory(args):
     yield 'programs', programs
     for name in ('bfloat16', 'float32'):
         yield f'{name} product', lambda: dict(
-            tflops=product_rate(device, getattr(torch, name), size) / 1e12)
+            tflops=matrix_peak(device, getattr(torch, name), size) / 1e12)
 
     def copies():
         n = 2**22 if args.toy else 2**30
@@ -77,23 +70,15 @@ def inventory(args):
 class Toy:
     "What the step is shrunk to on a CPU."
     batch, settings = 2, dict(global_size=32, local_size=16, patch_size=8, embed_dim=32, depth=2,
-                              num_heads=2, hidden_dim=64, bottleneck_dim=32)
+                              num_heads=2, hidden_dim=64, bottleneck_dim=32, out_dim=1024)
 
 
 def shipped(args, batch, compiled):
     "Return a run of ViT-S/16 as dino_train would have it, and views of noise."
-    device = torch.device(args.device)
-    small = Toy.settings if args.toy else {}
-    config = make_config('vit_s16_100ep', **dict(
-        batch_size=batch, drop_path_rate=0., freeze_last_layer=0, lr=0.01, compile=compiled,
-        out_dim=1024 if args.toy else steps.K) | small)
-    images = torch.zeros(4 * batch, 3, 8, 8, dtype=torch.uint8)
-    run = Learner(config, ImageSource(images, [str(i) for i in range(len(images))]),
-                  World(device=device))
-    run.step = 1
-    sizes = (2, config.global_size), (config.n_local, config.local_size)
-    views = [torch.randn(n * batch, 3, size, size, device=device) for n, size in sizes]
-    return run, views
+    device, small = torch.device(args.device), Toy.settings if args.toy else {}
+    sizes = {name: small[name] for name in ('global_size', 'local_size') if name in small}
+    views = steps.random_views(batch, device, **sizes)
+    return steps.Shipped(views, default_dtype(device), compiled, **small).run, views
 
 
 def timed(work, args, batch, warm=3):
@@ -116,7 +101,7 @@ def step(args):
     "Yield the published structure and ours, timed in turn on the same machine."
     device, batch = torch.device(args.device), Toy.batch if args.toy else 64
     dtype = default_dtype(device)
-    peak = product_rate(device, dtype, 128 if args.toy else 8192)
+    peak = matrix_peak(device, dtype, 128 if args.toy else 8192)
     known = {}
 
     def published():
@@ -212,7 +197,7 @@ def whole(args):
     "Yield what a run on photographs reaches, from files to the step."
     device, batch = torch.device(args.device), Toy.batch if args.toy else 64
     source = photographs(args, 4 * batch if args.toy else 16 * batch)
-    small = Toy.settings | dict(out_dim=1024) if args.toy else {}
+    small = Toy.settings if args.toy else {}
     def learner(**settings):
         return Learner(make_config('vit_s16_100ep', **dict(
             batch_size=batch, freeze_last_layer=0, compile=not args.toy) | small | settings),

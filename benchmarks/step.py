@@ -36,11 +36,11 @@ INSTEAD = [ATTENTION, ('class token alone in last MLP', 'class token alone in la
 # of INSTEAD takes the place of the others there.
 
 
-def random_views(batch, device):
+def random_views(batch, device, global_size=224, local_size=96):
     "Return global and local crops of noise, crop-major."
     random = torch.Generator().manual_seed(0)
     return [torch.randn(n * batch, 3, size, size, generator=random).to(device)
-            for n, size in ((2, 224), (N_LOCAL, 96))]
+            for n, size in ((2, global_size), (N_LOCAL, local_size))]
 
 
 class Step:
@@ -118,11 +118,11 @@ class Step:
 
 class Shipped:
     "dino_nb.train_step, with the defaults of ViT-S/16."
-    def __init__(self, views, dtype, compiled=None):
+    def __init__(self, views, dtype, compiled=None, **settings):
         self.views, batch = views, len(views[0]) // 2
-        config = TrainConfig(batch_size=batch, drop_path_rate=0., freeze_last_layer=0, lr=0.01,
-                             precision=str(dtype).split('.')[1], device=views[0].device.type,
-                             compile=compiled)
+        config = TrainConfig(**dict(
+            batch_size=batch, drop_path_rate=0., freeze_last_layer=0, lr=0.01, compile=compiled,
+            precision=str(dtype).split('.')[1], device=views[0].device.type) | settings)
         images = torch.zeros(4 * batch, 3, 8, 8, dtype=torch.uint8)
         source = ImageSource(images, [str(i) for i in range(len(images))])
         self.run = Learner(config, source, World(device=views[0].device))

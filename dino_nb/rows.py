@@ -103,7 +103,7 @@ def run_row(table: str,  # a name from TABLES
             epochs: float = EPOCHS # length of the base run, above 0
            ) -> dict:    # a row of the file
     "Train and judge one row of a table with one seed."
-    begin, settings = time.time(), run_settings(table, row, seed, epochs)
+    begin, settings = time.monotonic(), run_settings(table, row, seed, epochs)
     train, test = _images()
     run = TABLES[table].make_run(settings, train)
     run.config.log_every = max(1, run.n_steps // 20)
@@ -111,7 +111,7 @@ def run_row(table: str,  # a name from TABLES
     found = dict(table=table, row=row, seed=seed, epochs=epochs, steps=run.step,
                  settings=json.dumps(TABLES[table].rows[row][0]), config=config_id(settings),
                  **_accuracies(run, train, test), **_last_words(log),
-                 seconds=time.time() - begin, **_origin(run))
+                 seconds=time.monotonic() - begin, **_origin(run))
     found['verdict'] = TABLES[table].verdict(run, test) or found['verdict']
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}
 

@@ -1,9 +1,7 @@
 "The script as a user starts it: real processes, real files, real kills."
 import json
 import os
-import shutil
 import signal
-import sys
 import time
 from pathlib import Path
 
