@@ -8,6 +8,8 @@ __all__ = ['SIGNALS', 'LONG', 'TOO_LONG', 'end_workers', 'read_ahead']
 # %% ../nbs/33_workers.ipynb #5a1c0d04
 import atexit
 import ctypes
+import io
+import math
 import os
 import pickle
 import shutil
@@ -20,6 +22,7 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from multiprocessing import active_children
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -45,12 +48,34 @@ def _let_main_decide(worker: int):
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 # %% ../nbs/33_workers.ipynb #89a791ad
-def _tensors(batch):
-    "Yield the tensors in a batch of tuples and lists."
-    if isinstance(batch, torch.Tensor): yield batch
-    elif isinstance(batch, (tuple, list)):
-        for part in batch: yield from _tensors(part)
+class _Parcel(NamedTuple):
+    "A batch on its way."
+    memory: torch.Tensor | bytes # (n,) uint8, shared: all its tensors; bytes where there is no room
+    rest: bytes                  # all else, pickled
 
+class _Pickler(pickle.Pickler):
+    "Pickle all but tensors, for which places in a piece of memory are found."
+    def __init__(self, file): super().__init__(file); self.placed, self.size = [], 0
+    def persistent_id(self, item):
+        if not isinstance(item, torch.Tensor): return None
+        begin, self.size = self.size, self.size + -(-item.nbytes // 64) * 64
+        self.placed.append((begin, item))
+        return begin, item.dtype, tuple(item.shape)
+
+class _Unpickler(pickle.Unpickler):
+    "Put batches together again."
+    def __init__(self, memory, rest):
+        super().__init__(io.BytesIO(rest))
+        if isinstance(memory, bytes): memory = torch.frombuffer(bytearray(memory), dtype=torch.uint8)
+        self.memory = memory
+    def persistent_load(self, place): return _at(self.memory, *place)
+
+def _at(memory, begin, dtype, shape):
+    "Return the tensor at a place of a piece of memory."
+    n = dtype.itemsize * math.prod(shape)
+    return memory[begin:begin + n].view(dtype).view(shape)
+
+# %% ../nbs/33_workers.ipynb #490c7a10
 def _room(folder='/dev/shm') -> int | float:
     "Return how many bytes of shared memory a batch may take; none where file handles run short."
     if not os.path.isdir(folder): return float('inf')
@@ -58,12 +83,20 @@ def _room(folder='/dev/shm') -> int | float:
     handles = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir('/dev/fd'))
     return shutil.disk_usage(folder).free // 2 if handles > 64 else 0
 
-def _pack(batch):
-    "Put a batch into shared memory, or into bytes where there is no room."
-    if sum(tensor.nbytes for tensor in _tensors(batch)) > _room(): return pickle.dumps(batch)
-    try: [tensor.share_memory_() for tensor in _tensors(batch)]
-    except RuntimeError: return pickle.dumps(batch)  # others were faster
-    return batch
+def _take(n) -> tuple:
+    "Return n bytes of memory, shared where there is room, and whether they are."
+    if n <= _room():
+        with suppress(RuntimeError): # others were faster
+            return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(n)), True
+    return torch.empty(n, dtype=torch.uint8), False
+
+def _pack(batch) -> _Parcel:
+    "Lay the tensors of a batch into one piece of memory."
+    pickler = _Pickler(rest := io.BytesIO())
+    pickler.dump(batch)
+    memory, shared = _take(max(64, pickler.size))
+    for begin, item in pickler.placed: _at(memory, begin, item.dtype, item.shape).copy_(item)
+    return _Parcel(memory if shared else memory.numpy().tobytes(), rest.getvalue())
 
 class _Work(Dataset):
     "What workers do: read(task), ready to be sent, or the error it ended in."
@@ -156,10 +189,9 @@ def read_ahead(read: callable,    # function of a task; returns tensors in tuple
     try:
         _start(queue, read, n_workers, pin)
         while (batch := _receive(queue)) is not None:
-            if packed := isinstance(batch, bytes): batch = pickle.loads(batch)
-            if packed and not slow:
+            if (small := isinstance(batch.memory, bytes)) and not slow:
                 tell('note: /dev/shm or the number of open files is small, so images take a slower '
                      'way from the workers (Docker: --shm-size=8g)', file=sys.stderr)
-            slow = slow or packed
-            yield batch
+            slow = slow or small
+            yield _Unpickler(*batch).load()
     finally: queue.over.set(); end_workers(queue.workers); queue.batches = None

@@ -17,7 +17,8 @@ def test_every_stage_runs_at_toy_size(tmp_path):
     done = gpu('--device', 'cpu', '--minutes', 9, '--out', tmp_path, OMP_NUM_THREADS='1')
     rows = [json.loads(line) for line in (tmp_path/'gpu.jsonl').read_text().splitlines()]
     assert not [row for row in rows if not row['ok']], done.stdout
-    assert {row['stage'] for row in rows} == {'inventory', 'right', 'runs', 'step', 'whole', 'record'}
+    assert {row['stage'] for row in rows} == {
+        'inventory', 'right', 'compiled', 'runs', 'step', 'whole', 'record'}
     found = {row['check'] for row in rows if 'left_out' not in row}
     assert {'step, float64', 'killed and resumed', 'ours, compiled', 'run, 0 workers'} <= found
     assert done.returncode == 0 and done.stdout.splitlines()[-1].startswith(f'{len(rows)} of')
