@@ -70,7 +70,7 @@ class ImageSource(Dataset):
                  groups: torch.Tensor | None = None, # (N,) int64: which lie in one large file
                  notes: Sequence[str] = ()):         # what a user should know about the choice
         self.items, self.labels, self.classes, self.groups = items, labels, classes, groups
-        self.notes = list(notes)
+        self.notes, self.cached = list(notes), None  # cached: as cache_images gives them
         self.names = (names if isinstance(names, np.ndarray) else
                       np.array([os.fsencode(name) for name in names]))
 

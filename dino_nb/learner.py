@@ -216,7 +216,8 @@ def _cached(self: Learner) -> tuple: # (N, 3, H, W) uint8 where the run computes
     images = self.source.images
     if images is not None:
         return images.to(self.device), torch.tensor(images.shape[-2:]).expand(len(images), 2)
-    images, sizes, bad = cache_images(self.source, self.device)
+    if self.source.cached is None: self.source.cached = cache_images(self.source, self.device)
+    images, sizes, bad = self.source.cached
     for index, reason in bad: self.bad_files.record(index, reason)
     return images, sizes
 

@@ -88,6 +88,7 @@ class OptimSettings:
     "Optimizer and its schedules."
     optimizer: str = 'adamw'  # adamw, sgd or lars
     epochs: float = _schedule('epochs')    # passes over the images
+    minutes: float = 0.            # of training, from which epochs follow; 0: as epochs say
     lr: float = _schedule('lr')            # peak, per 256 images of a step
     min_lr: float = _schedule('min_lr')    # at the end
     warmup_epochs: float = _schedule('warmup_epochs')  # epochs of rising lr
@@ -101,6 +102,7 @@ class OptimSettings:
 class RunSettings:
     "Folder, rhythm and hardware of the run."
     out: str = ''            # the run's folder; empty: runs/<data>_<recipe>
+    continue_from: str = ''  # folder of a run that this one prolongs; empty: start anew
     overwrite: bool = False  # delete what the run's folder holds and start anew
     device: str = 'auto'     # auto, cpu, cuda or mps
     precision: str = 'auto'  # auto (bfloat16 or float32), bfloat16, float16, float32 or float64
@@ -124,7 +126,7 @@ RANGES = dict(
     num_heads=(1, 10_000), drop_path_rate=(0, 0.99), out_dim=(2, 10**8), hidden_dim=_WIDTH,
     bottleneck_dim=_WIDTH, head_layers=(0, 100), predictor=(0, 100_000), student_temp=(1e-3, 100),
     warmup_teacher_temp=(1e-3, 100), teacher_temp=(1e-3, 100), teacher_momentum=(0, 1),
-    teacher_momentum_end=(0, 1), center_momentum=(0, 1), epochs=(1e-9, 10**6),
+    teacher_momentum_end=(0, 1), center_momentum=(0, 1), epochs=(1e-9, 10**6), minutes=(0, 100_000),
     warmup_epochs=(0, 10**6), warmup_teacher_temp_epochs=(0, 10**6), freeze_last_layer=(0, 10**6),
     lr=_RATE, min_lr=_RATE, weight_decay=_RATE, weight_decay_end=_RATE, clip_grad=_REST,
     log_every=(1, 10**9), knn_every=_REST, checkpoint_minutes=_REST, checkpoint_steps=_REST,
@@ -274,7 +276,7 @@ def config_record(config: TrainConfig # settings of a run
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
 
 # %% ../nbs/40_settings.ipynb #74917df0
-FREE = ('data', 'probe', 'recipe', 'out', 'overwrite', 'device', 'workers', 'log_every',
+FREE = ('data', 'probe', 'recipe', 'out', 'continue_from', 'overwrite', 'device', 'workers', 'log_every',
         'knn_every', 'eval_crop', 'checkpoint_minutes', 'checkpoint_steps', 'on_collapse',
         'accumulate', 'loss_chunks', 'recompute', 'fsdp', 'compile')
 
