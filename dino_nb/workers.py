@@ -66,7 +66,8 @@ class _Unpickler(pickle.Unpickler):
     "Put batches together again."
     def __init__(self, memory, rest):
         super().__init__(io.BytesIO(rest))
-        if isinstance(memory, bytes): memory = torch.frombuffer(bytearray(memory), dtype=torch.uint8)
+        if isinstance(memory, bytes):
+            memory = torch.frombuffer(bytearray(memory), dtype=torch.uint8)
         self.memory = memory
     def persistent_load(self, place): return _at(self.memory, *place)
 
