@@ -65,9 +65,9 @@ def fit_to_minutes(config: TrainConfig, # settings; minutes above 0
     n_steps, per_epoch = int(left / step), trial.steps_per_epoch
     if n_steps < per_epoch:
         least = math.ceil((seconds - left + per_epoch * step) / 6) / 10
-        raise ValueError(f'minutes is {config.minutes:g}, in which {max(0, n_steps):,} steps fit, less '
-                         f'than the {per_epoch:,} of one epoch; give {least:g} or more, or fewer '
-                         'images.')
+        raise ValueError(f'minutes is {config.minutes:g}, in which {max(0, n_steps):,} steps fit, '
+                         f'less than the {per_epoch:,} of one epoch; give {least:g} or more, or '
+                         'fewer images.')
     done = _old_state(config.continue_from)['step'] if config.continue_from else 0
     return (done + n_steps) / per_epoch
 
@@ -104,8 +104,9 @@ def take_up(run: Learner, # a new run
     state = _old_state(old)
     step = state.get('step') if isinstance(state, dict) else None
     if isinstance(step, int) and step >= run.n_steps:
-        raise ValueError(f'continue_from is {shown(old)}, which is at step {step:,}, and the new run '
-                         f'has {run.n_steps:,}; give epochs above {step / run.steps_per_epoch:g}.')
+        raise ValueError(f'continue_from is {shown(old)}, which is at step {step:,}, and the new '
+                         f'run has {run.n_steps:,}; give epochs above '
+                         f'{step / run.steps_per_epoch:g}.')
     try: run.check_state(state)
     except ValueError as error:
         raise ValueError(f'continue_from is {shown(old)}, which does not fit: {error}') from None
