@@ -277,8 +277,8 @@ def config_record(config: TrainConfig # settings of a run
 
 # %% ../nbs/40_settings.ipynb #74917df0
 FREE = ('data', 'probe', 'recipe', 'out', 'continue_from', 'overwrite', 'device', 'workers',
-        'log_every', 'knn_every', 'eval_crop', 'checkpoint_minutes', 'checkpoint_steps', 'on_collapse',
-        'accumulate', 'loss_chunks', 'recompute', 'fsdp', 'compile')
+        'log_every', 'knn_every', 'eval_crop', 'checkpoint_minutes', 'checkpoint_steps',
+        'on_collapse', 'accumulate', 'loss_chunks', 'recompute', 'fsdp', 'compile')
 
 def config_changes(old: dict, # record of the run that the folder holds
                    new: dict  # record of the run that was asked for
