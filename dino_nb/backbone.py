@@ -8,6 +8,7 @@ __all__ = ['resample_positions', 'DINOViT', 'reason_of', 'check_backbone', 'crea
 
 # %% ../nbs/14_backbone.ipynb #f3f88299
 import re
+from functools import cache
 from typing import NamedTuple
 
 import timm
@@ -18,7 +19,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from .core import check_choice, check_range, default_dtype, shown
+from .core import check_choice, check_range, default_dtype, progress, shown, tell
 
 # %% ../nbs/14_backbone.ipynb #1feda4eb
 def _resampling(old, new, like):
@@ -115,7 +116,7 @@ def _build(name: str, img_size, settings: dict) -> nn.Module:
 def _refusal(name, error, settings):
     "The error that says in one sentence why a network cannot be made."
     given = ', '.join(f'{key} {value}' for key, value in settings.items() if value)
-    return ValueError(f'{name} cannot be made with {given or "these settings"}: '
+    return ValueError(f'{name} cannot be made with {shown(given or "these settings", 150)}: '
                       f'{reason_of(error)}.')
 
 # %% ../nbs/14_backbone.ipynb #b54d364b
@@ -126,6 +127,13 @@ def check_backbone(name: str # of an architecture
     return name
 
 # %% ../nbs/14_backbone.ipynb #c6c8c973
+@cache
+def _say_fresh(name):
+    "Say, once for each name, that a name of weights gives none."
+    if progress.speaks is not False:
+        tell(f'note: {name} is made with fresh weights; load_backbone({name!r}) of '
+             'dino_nb.weights gives the trained ones.')
+
 def create_backbone(name: str = 'vit_small_patch16_224', # any timm architecture
                     img_size: int | tuple[int, int] | None = None, # largest images (h, w), pixels
                     patch_size: int | None = None, # pixels; None: the architecture's own,
@@ -133,16 +141,18 @@ def create_backbone(name: str = 'vit_small_patch16_224', # any timm architecture
                     depth: int | None = None,      # its number of blocks,
                     num_heads: int | None = None,  # and its attention heads
                     drop_path_rate: float = 0.,    # of the last block, in [0, 0.99]
-                    pos_embed_rule: str = 'published' # published or timm
+                    pos_embed_rule: str = 'published', # published or timm
+                    **more: object                 # other arguments of timm, such as in_chans
                    ) -> nn.Module:                 # images (B, 3, H, W) to features (B, embed_dim)
     "Return a timm network without classifier, with fresh weights, for images of any size."
     check_choice('pos_embed_rule', pos_embed_rule, ('published', 'timm'))
     check_range('drop_path_rate', drop_path_rate, 0, 0.99)
     check_backbone(name)
+    if '.' in name: _say_fresh(name)
     settings = dict(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads)
     for key, value in settings.items():
         if value is not None: check_range(key, value, 1)
-    model = _build(name, img_size, settings | dict(drop_path_rate=drop_path_rate or None))
+    model = _build(name, img_size, settings | dict(drop_path_rate=drop_path_rate or None) | more)
     if pos_embed_rule == 'published' and type(model) is VisionTransformer:
         model.__class__ = DINOViT
     return _adapt(model, name)

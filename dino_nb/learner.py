@@ -31,7 +31,7 @@ from .multicrop import MultiCropWrapper, check_parts, split_views
 from .optim import (apply_schedule, clip_gradients, freeze_last_layer, make_optimizer,
                            param_groups, step_if_finite)
 from .schedules import Schedules, make_schedules
-from .settings import TrainConfig, config_record
+from .settings import TrainConfig, backbone_settings, config_record
 from .shards import epoch_order
 from .softmax import at_least_float32
 from .teacher import TeacherRule, make_teacher
@@ -42,10 +42,8 @@ def build_student(config: TrainConfig # settings of a run
                  ) -> MultiCropWrapper: # randomly initialised network, on the CPU
     "Return backbone and head as the settings describe them."
     set_seed(config.seed)
-    backbone = create_backbone(
-        config.backbone, img_size=config.global_size, patch_size=config.patch_size,
-        embed_dim=config.embed_dim, depth=config.depth, num_heads=config.num_heads,
-        drop_path_rate=config.drop_path_rate, pos_embed_rule=config.pos_embed_rule)
+    backbone = create_backbone(**backbone_settings(vars(config)),
+                               drop_path_rate=config.drop_path_rate)
     head = DINOHead(backbone.embed_dim, config.out_dim, hidden_dim=config.hidden_dim,
                     bottleneck_dim=config.bottleneck_dim, n_layers=config.head_layers,
                     use_bn=config.use_bn, norm_last_layer=config.norm_last_layer,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'CHOICES', 'RECIPES', 'VIT_SETTINGS', 'FREE', 'DataSettings', 'ModelSettings', 'TeacherSettings',
-           'OptimSettings', 'RunSettings', 'TrainConfig', 'make_config', 'setting_docs', 'settings_parser',
-           'typed_settings', 'config_record', 'config_changes']
+           'OptimSettings', 'RunSettings', 'TrainConfig', 'make_config', 'backbone_settings', 'setting_docs',
+           'settings_parser', 'typed_settings', 'config_record', 'config_changes']
 
 # %% ../nbs/40_settings.ipynb #efeaf56d
 import argparse
@@ -208,6 +208,15 @@ def make_config(recipe: str = 'tiny', # a name from RECIPES
     brought = RECIPES[recipe]
     if 'backbone' in settings: brought = _without_vit_settings(brought, settings['backbone'])
     return TrainConfig(**(brought | settings), recipe=recipe)
+
+# %% ../nbs/40_settings.ipynb #c51d07a3
+def backbone_settings(settings: dict # of a run: vars of a TrainConfig, or its record
+                     ) -> dict:      # arguments of create_backbone
+    "Return the settings that the backbone of a run is made with."
+    size = settings['global_size']
+    return dict(name=settings['backbone'], img_size=tuple(size) if isinstance(size, list) else size,
+                pos_embed_rule=settings['pos_embed_rule'],
+                **{name: settings[name] for name in VIT_SETTINGS})
 
 # %% ../nbs/40_settings.ipynb #47759a24
 @cache
