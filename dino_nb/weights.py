@@ -30,6 +30,7 @@ from .core import check_choice, check_range, counted, listed, shown, tell
 from .folders import holds_run
 from .layouts import (ANCHORS, Network, Piece, find_network, read_architecture, read_weights,
                              timm_layout)
+from .photometric import IMAGENET_MEAN, IMAGENET_STD
 from .settings import backbone_settings
 
 # %% ../nbs/44_weights.ipynb #2b7a0352
@@ -229,6 +230,9 @@ def _open_timm(name: str, report) -> Source:
         f"architecture='{architecture}'.")
     report(f'fetching {known.hf_hub_id} from the Hugging Face hub or its cache here, licence '
            f'{known.license or "unknown"}')
+    if (known.mean, known.std) != (IMAGENET_MEAN, IMAGENET_STD):
+        report(f'note: {name} was trained on images of mean {known.mean} and std {known.std}; '
+               "views here have ImageNet's")
     state = _open_folder(_fetch(known.hf_hub_id)).state
     return Source(state, architecture, dict(img_size=tuple(known.input_size[1:])))
 
@@ -239,8 +243,9 @@ def open_source(source: str | Path, # as for load_backbone
     text, path = str(source), os.path.expanduser(source)
     if text and os.path.isdir(path): return _open_folder(Path(path))
     if text and os.path.exists(path): return _source_of(read_weights(path))
-    if isinstance(source, Path) or _is_path(text):
-        raise ValueError(f'{shown(text)} does not exist.')
+    if isinstance(source, Path) or _is_path(text): raise ValueError(
+        f'{shown(text)} does not exist; give a file, a folder, a name of timm (such as '
+        'vit_small_patch16_224.dino) or an id of Hugging Face (facebook/dino-vits16).')
     if timm.is_model(text): return _open_timm(text, report)
     repo = text.removeprefix('hf-hub:')
     if not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w.-]+)?', repo):

@@ -503,6 +503,7 @@ def offline(monkeypatch):
 NAMED = {'vit_small_patch16_224.dino': ('apache-2.0', 'num_heads 6)'),
          'vit_small_patch14_reg4_dinov2.lvd142m': ('apache-2.0', 'num_heads 6)'),
          'vit_small_patch16_dinov3.lvd1689m': ('dinov3-license', 'mean of patches'),
+         'vit_tiny_patch16_224.augreg_in21k': ('apache-2.0', 'num_heads 3)'),
          'resnet10t': ('apache-2.0', '')}
 
 @pytest.mark.parametrize('name', NAMED)
@@ -517,6 +518,7 @@ def test_a_name_of_timm_gives_its_weights(name, tmp_path, monkeypatch, asked):
     images = torch.randn(1, 3, 112, 112)
     with torch.no_grad():
         torch.testing.assert_close(backbone(images), network(images), atol=1e-6, rtol=1e-6)
+    if known.mean[0] == 0.5: assert 'of mean (0.5, 0.5, 0.5) and std' in said.pop(1)
     assert len(said) == 2 and known.hf_hub_id in said[0] and not asked
     for words, line in zip(NAMED[name], said): assert words in line, line
 
