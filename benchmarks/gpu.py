@@ -5,14 +5,16 @@
     python benchmarks/gpu.py --csv FOLDER/gpu.jsonl                  # into results/gpu.csv
 
 It needs torch, torchvision, timm, numpy, Pillow, matplotlib and fastcore, and nothing installed.
-Stages run in the order of their worth, each in a process of its own; every row is on the disk as
-soon as it is known (STAGE.rows, at last gpu.jsonl; what was said in STAGE.log). What fails leaves
-its traceback there and stops nothing else.
+Stages run in the order of their worth, each in a process of its own, forked from one that has
+imported everything and never touched a device. Every row is on the disk as soon as it is known
+(STAGE.rows, at last gpu.jsonl; what was said in STAGE.log). What fails leaves its traceback there
+and stops nothing else.
 """
 import argparse
 import gc
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,6 +33,7 @@ PLAN = {('inventory',): 25, ('right', 'compiled', 'runs'): 120, ('step',): 195, 
         ('record',): 0}
 WHERE = dict(inventory='gpu_speed', right='gpu_right', compiled='gpu_right', runs='gpu_right',
              step='gpu_speed', whole='gpu_speed', record='gpu_speed')
+FORK = multiprocessing.get_context('forkserver')
 
 
 class LeftOut(Exception):
@@ -48,18 +52,20 @@ def outcome(work):
     return dict(ok=bool(ok), seconds=round(time.monotonic() - begin, 2)) | row
 
 
-def run_stage(args):
+def run_stage(name, args, seconds, rows):
     "Write a row for each check of a stage as soon as it is known."
+    os.setsid()
+    log = os.open(rows.with_suffix('.log'), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for number in (1, 2): os.dup2(log, number)
     import torch
     sys.modules['gpu'] = sys.modules['__main__']
-    args.deadline, args.toy = time.monotonic() + args.seconds, args.device == 'cpu'
+    args.deadline, args.toy = time.monotonic() + seconds, args.device == 'cpu'
     args.scratch = Path(tempfile.mkdtemp(prefix='dino_gpu_'))
-    stage = getattr(importlib.import_module(WHERE[args.stage]), args.stage)
-    with open(args.rows, 'a', buffering=1) as file:
+    with open(rows, 'a', buffering=1) as file:
         def write(check, row):
-            file.write(json.dumps(dict(stage=args.stage, check=check) | row) + '\n')
+            file.write(json.dumps(dict(stage=name, check=check) | row) + '\n')
         try:
-            for check, work in stage(args):
+            for check, work in getattr(importlib.import_module(WHERE[name]), name)(args):
                 late = time.monotonic() > args.deadline
                 write(check, dict(ok=True, left_out='no time') if late else outcome(work))
                 gc.collect()
@@ -69,29 +75,27 @@ def run_stage(args):
 
 # All stages ----------------------------------------------------------------------------------
 
-def start(stage, args, seconds, rows):
+def start(*stage):
     "Start a stage in a process, and a process group, of its own."
-    command = [sys.executable, __file__, '--stage', stage, '--rows', str(rows), '--seconds',
-               str(seconds), *(word for name in ('device', 'images', 'cifar')
-                               if getattr(args, name)
-                               for word in (f'--{name}', str(getattr(args, name))))]
-    return subprocess.Popen(command, stdout=open(rows.with_suffix('.log'), 'w'),
-                            stderr=subprocess.STDOUT, start_new_session=True)
+    process = FORK.Process(target=run_stage, args=stage)
+    process.start()
+    return process
 
 
 def end(process, stage, deadline, rows):
     "Wait for a stage, or end it at its deadline; return its rows."
-    try: status = process.wait(max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired: status = 'ended by the clock'
+    process.join(max(0.1, deadline - time.monotonic()))
+    status = 'ended by the clock' if process.is_alive() else process.exitcode
     try: os.killpg(process.pid, signal.SIGKILL)  # with all that it started
     except ProcessLookupError: pass
-    process.wait()
+    process.join()
     found = []
     for line in rows.read_text().splitlines() if rows.exists() else []:
         try: found.append(json.loads(line))
         except ValueError: pass  # cut short
     if status:
-        said = rows.with_suffix('.log').read_text(errors='replace')[-2000:]
+        log = rows.with_suffix('.log')
+        said = log.read_text(errors='replace')[-2000:] if log.exists() else ''
         found.append(dict(stage=stage, check='whole stage', ok=False, error=f'{status}\n{said}'))
     return found
 
@@ -100,9 +104,8 @@ def facts(args):
     "Return what every row says of the machine and the programs."
     import common
     import torch
-    import torchvision
     found = common.machine(torch.device('cpu')) | dict(
-        gpu='', torchvision=torchvision.__version__, python=sys.version.split()[0])
+        gpu='', torchvision=version('torchvision'), python=sys.version.split()[0])
     if args.commit: found['commit'] = args.commit
     query = ['nvidia-smi', '--query-gpu=name,driver_version,memory.total', '--format=csv,noheader']
     try: found['gpu'] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
@@ -114,6 +117,8 @@ def run_all(args):
     "Run the stages and return their rows, each on the disk before the next stage begins."
     begin, total, rows, shared = time.monotonic(), 60 * args.minutes, [], facts(args)
     for old in args.out.glob('*.rows'): old.unlink()
+    os.environ['PYTHONPATH'] = os.pathsep.join(sys.path)  # for the process that imports
+    FORK.set_forkserver_preload(['dino_nb.train', 'dino_nb.report', 'torch._dynamo'])
     for stages, share in PLAN.items():
         stages = [stage for stage in stages if not args.only or stage in args.only]
         left = begin + total - 3 - time.monotonic()
@@ -182,11 +187,8 @@ def main():
     parser.add_argument('--only', nargs='+', default=[], help=f'stages: {", ".join(WHERE)}')
     parser.add_argument('--commit', default='', help='named in the rows where git is not at hand')
     parser.add_argument('--csv', type=Path, help='append the rows of a visit to results/gpu.csv')
-    for name, kind in dict(stage=str, rows=Path, seconds=float).items():
-        parser.add_argument(f'--{name}', type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.csv: return to_csv(args.csv)
-    if args.stage: return run_stage(args)
     check(args)
     rows = run_all(args)
     hold = sum(row['ok'] for row in rows)
