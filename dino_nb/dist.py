@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PATIENCE', 'CAN_SPLIT', 'World', 'env_number', 'init_dist', 'close_dist', 'all_mean_later', 'all_mean', 'all_any',
-           'norm_statistics', 'share_statistics', 'tell_others', 'asked_elsewhere', 'shard', 'gather_rows',
-           'gather_list', 'on_rank0', 'split_weights', 'whole_weights', 'map_state', 'gather_state', 'split_like',
-           'StepSampler']
+           'norm_statistics', 'share_statistics', 'tell_others', 'asked_elsewhere', 'first_to_speak', 'shard',
+           'gather_rows', 'gather_list', 'on_rank0', 'split_weights', 'whole_weights', 'map_state', 'gather_state',
+           'split_like', 'StepSampler']
 
 # %% ../nbs/42_dist.ipynb #402d46dc
 import copy
@@ -179,6 +179,16 @@ def asked_elsewhere() -> str | None: # why; None: nobody was asked
     with suppress(RuntimeError):  # the store may be gone
         for store in _STORE:
             if store.check([_stop_key()]): return store.get(_stop_key()).decode()
+
+# %% ../nbs/42_dist.ipynb #5c1e7a91
+def first_to_speak() -> bool: # also where no other process answers
+    "Return whether this process is the first of its run to ask; that one says why the run ends."
+    key, asked = f'said {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', []
+    def ask():
+        with suppress(RuntimeError): asked.extend(store.add(key, 1) for store in _STORE)
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start(); asking.join(2)
+    return asked in ([], [1])
 
 # %% ../nbs/42_dist.ipynb #e69918ce
 def shard(n_items: int, # how many there are to share

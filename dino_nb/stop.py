@@ -18,7 +18,7 @@ import torch
 
 from .checkpoint import STOPPING, Deadline, Stopped, StopSignals
 from .core import shown, tell
-from .dist import World, asked_elsewhere, tell_others
+from .dist import World, asked_elsewhere, first_to_speak, tell_others
 from .report import say
 from .workers import end_workers
 
@@ -29,14 +29,14 @@ def sentences(status: int, # exit status
     "Turn an error into one sentence and an exit status."
     try: yield
     except errors as error:
-        if os.environ.get('RANK', '0') != '0': time.sleep(5)  # if rank 0 fails too, it speaks
+        if os.environ.get('RANK', '0') != '0': time.sleep(5)  # if rank 0 fails too, it speaks first
         words = str(error) or 'interrupted'
         if isinstance(error, OSError) and error.filename is not None:
             words = f'{shown(error.filename)}: {error.strerror}.'
         if isinstance(error, torch.OutOfMemoryError):
             words = (f'{words.splitlines()[0]} To need less, give --accumulate 2 or more, '
                      '--recompute, a smaller --batch-size or, with several GPUs, --fsdp.')
-        tell(f'dino_train: {shown(words, 1000)}', file=sys.stderr)
+        if first_to_speak(): tell(f'dino_train: {shown(words, 1000)}', file=sys.stderr)
         raise SystemExit(status) from None
 
 # %% ../nbs/82_stop.ipynb #9128242c
