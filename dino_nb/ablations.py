@@ -130,12 +130,12 @@ def make_curves(seeds: int,    # seeds 0 to seeds - 1
 def _parse_options(argv: list[str] | None # words of the command line; None: sys.argv
                   ) -> argparse.Namespace: # checked options
     "Return the options of the command line."
-    def refuse(message): raise ValueError(f'{message}.')
+    def _refuse(message): raise ValueError(f'{message}.')
     parser = argparse.ArgumentParser('python -m dino_nb.ablations', allow_abbrev=False,
                                      description='Train the rows of tables that are missing.',
                                      epilog=f'Tables: {", ".join(TABLES)}. Other methods have a '
                                             'command of their own, python -m dino_nb.methods.')
-    parser.error = refuse
+    parser.error = _refuse
     parser.add_argument('--table', help='one of the names below')
     parser.add_argument('--all', action='store_true', help='all tables below')
     parser.add_argument('--curve', action='store_true', help='teacher and student along the way')

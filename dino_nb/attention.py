@@ -21,8 +21,8 @@ from .features import evaluation_mode
 def _class_attention(backbone, images, block):
     "Return the class token's attention (B, heads, T) to all T tokens in one block."
     layer, caught = backbone.blocks[block].attn, []
-    def catch(_, inputs): caught.append(inputs[0][:, :, 0])
-    hook = layer.attn_drop.register_forward_pre_hook(catch)
+    def _catch(_, inputs): caught.append(inputs[0][:, :, 0])
+    hook = layer.attn_drop.register_forward_pre_hook(_catch)
     fused, layer.fused_attn = layer.fused_attn, False
     try:
         with evaluation_mode(backbone): backbone.forward_features(images)

@@ -130,16 +130,16 @@ def _boxes(u, low, high, sizes):
 # %% ../nbs/15_augment.ipynb #3d87bd85
 def _color_choices(u, settings, kind):
     "Return jitter, factors, order, gray, sigma and solarize, each (B, V, ...)."
-    def happens(use, prob): return u[use][..., 0] < prob
+    def _happens(use, prob): return u[use][..., 0] < prob
     strengths = [settings.brightness, settings.contrast, settings.saturation, settings.hue]
     factors = (2 * u['factors'] - 1) * strengths + [1, 1, 1, 0]
     low, high = settings.blur_sigma
     sigma = low + (high - low) * u['sigma'][..., 0]
-    blurred = happens('blur', np.take(settings.blur_prob, kind))
-    solarized = happens('solarize', np.take(settings.solarize_prob, kind))
+    blurred = _happens('blur', np.take(settings.blur_prob, kind))
+    solarized = _happens('solarize', np.take(settings.solarize_prob, kind))
     threshold = np.where(solarized, settings.solarize_threshold, np.inf)
-    return (happens('jitter', settings.jitter_prob), factors.astype(np.float32),
-            u['order'].argsort(axis=-1), happens('gray', settings.gray_prob),
+    return (_happens('jitter', settings.jitter_prob), factors.astype(np.float32),
+            u['order'].argsort(axis=-1), _happens('gray', settings.gray_prob),
             (sigma * blurred).astype(np.float32), threshold.astype(np.float32))
 
 # %% ../nbs/15_augment.ipynb #128f557b
@@ -168,12 +168,12 @@ def crop_views(image: torch.Tensor,    # (3, H, W) uint8
               ) -> list:               # uint8 crops: global (2, 3, h, w), local (n_local, 3, h, w)
     "Crop, resize and mirror the views of one image."
     _check_uint8(image)
-    def crop(box, flip, size):
+    def _crop(box, flip, size):
         view = tvf.resized_crop(image, *box, size=list(size), antialias=True,
                                 interpolation=InterpolationMode.BICUBIC)
         return tvf.horizontal_flip(view) if flip else view
     boxes, flips = params.box.tolist(), params.flip.tolist()
-    return [torch.stack([crop(box, flip, size) for box, flip in zip(boxes[views], flips[views])])
+    return [torch.stack([_crop(box, flip, size) for box, flip in zip(boxes[views], flips[views])])
             for views, size in settings.resolutions()]
 
 # %% ../nbs/15_augment.ipynb #96e53af5

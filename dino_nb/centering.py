@@ -12,6 +12,13 @@ from torch import nn
 from .core import check_choice, check_range, default_of
 from .softmax import at_least_float32, softmax_temp
 
+# %% ../nbs/11_centering.ipynb #30dfe878
+def _checked(logits, out_dim):
+    "Return the logits in float32 or better, or say that their width is wrong."
+    if logits.shape[-1] == out_dim: return at_least_float32(logits)
+    raise ValueError(f'teacher_logits has {logits.shape[-1]} columns; '
+                     f'it must have {out_dim}, one per prototype.')
+
 # %% ../nbs/11_centering.ipynb #e1a27997
 class Center(nn.Module):
     "Keep a running mean of the teacher's logits and subtract it (DINO eq. 4)."
@@ -48,12 +55,6 @@ class Center(nn.Module):
         if reduce is not None: mean = reduce(mean)
         moved = self.center.lerp(mean.to(self.center.dtype), 1 - self.momentum)
         self.center.copy_(torch.where(mean.isfinite().all(), moved, self.center))
-
-def _checked(logits, out_dim):
-    "Return the logits in float32 or better, or say that their width is wrong."
-    if logits.shape[-1] == out_dim: return at_least_float32(logits)
-    raise ValueError(f'teacher_logits has {logits.shape[-1]} columns; '
-                     f'it must have {out_dim}, one per prototype.')
 
 # %% ../nbs/11_centering.ipynb #7bd92dcb
 def _column_sums(log_x, reduce):

@@ -95,6 +95,7 @@ ADVICE = {
         'Go back to the last good checkpoint, with a lower lr or a longer warm-up, gradient '
         'clipping on, and bfloat16 or float32 in place of float16.'}
 
+# %% ../nbs/20_collapse.ipynb #5909ae10
 class Verdict(NamedTuple):
     "What the doctor says after a row of the log."
     state: str     # one of ADVICE
@@ -267,6 +268,7 @@ def _choices(n_images, batch_size, device_memory, epochs, n_views):
     if chunks > 1: yield ('loss_chunks', min(chunks, batch_size),
                           f'the loss alone would take {matrix / 2**30:.1f} GiB')
 
+# %% ../nbs/20_collapse.ipynb #605c53fa
 def suggest_recipe(n_images: int,   # images to train on, at least 2
                    batch_size: int, # images per step, 2 to n_images
                    device_memory: int | None = None, # bytes of all devices; None: not looked at

@@ -38,9 +38,11 @@ class ImageFiles:
 
 class _Files(ImageFiles):
     "Files below root."
-    def __init__(self, root, names): self.root, self.names = os.path.abspath(root), names
+    def __init__(self, root: str, names: list): self.root, self.names = os.path.abspath(root), names
     def __len__(self): return len(self.names)
-    def open(self, i): return os.path.join(self.root, os.fsdecode(self.names[i])), None
+    def open(self, i: int) -> tuple: # index; a path, and no name, as it says it
+        "Return where image i is."
+        return os.path.join(self.root, os.fsdecode(self.names[i])), None
 
 def _as_rgb(item) -> torch.Tensor:
     "Return a tensor, a PIL image, or the image of an (image, label) pair, as uint8 (3, H, W)."

@@ -148,9 +148,9 @@ def _known_or_not(file) -> str:
     return (f'a TIFF of {n} channels of {bits} bits{order}, which PIL does not read; save it with '
             '1 or 3 channels, interleaved')
 
-def why_unreadable(error: Exception, # as a decoder raised it
-                   file=None         # what was read: a path, or an open file
-                  ) -> str:          # a reason, for BadImage
+def why_unreadable(error: Exception,   # as a decoder raised it
+                   file: object = None # what was read: a path, or an open file
+                  ) -> str:            # a reason, for BadImage
     "Return why an image could not be read, on one line."
     if isinstance(error, UnidentifiedImageError): return _known_or_not(file)
     if isinstance(error, Image.DecompressionBombError):

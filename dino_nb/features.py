@@ -126,14 +126,14 @@ def extract_features(backbone: nn.Module,   # images (B, 3, h, w) to features (B
     check_range('crop_ratio', crop_ratio, 1e-3, 1); check_range('batch_size', batch_size, 1)
     weight = next(backbone.parameters(), torch.empty(0))
     if dtype is None: dtype = network_dtype(backbone, weight.device)
-    def compute(views):
+    def _compute(views):
         with autocast(weight.device, dtype):
             features = backbone(_normalized(views.to(weight.device)).to(weight.dtype))
         if features.ndim == 2: return features
         raise ValueError(f'backbone gives {tuple(features.shape)}; it must give (B, D).')
     transform = partial(_center_view, size=size, crop_ratio=crop_ratio)
     with evaluation_mode(backbone):
-        return _rows(compute, source, transform, _cover(size, crop_ratio), batch_size, n_workers,
+        return _rows(_compute, source, transform, _cover(size, crop_ratio), batch_size, n_workers,
                      bad, 'features')
 
 # %% ../nbs/50_features.ipynb #ef1c2029

@@ -14,6 +14,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from errno import EINVAL
 from pathlib import Path
 from typing import NamedTuple
@@ -109,6 +110,7 @@ def _prefix(names, which, anchors):
     if len(named) == 1: return named[0]
     raise ValueError(f'it holds several networks ({listed(prefixes)}), and which is {which}')
 
+# %% ../nbs/39_layouts.ipynb #b84ff25f
 def find_network(state: object, # what read_weights returned
                  which: str = 'teacher', # or student, where there are both
                  anchors: tuple[str, ...] = ANCHORS # names that only a network's own tensors have
@@ -196,7 +198,8 @@ def _add_class_position(pieces):
     pieces['pos_embed'] = Piece(table.value[:, 1:], table.origin)
 
 # %% ../nbs/39_layouts.ipynb #b224cdd0
-def is_rotary(names) -> bool: # of tensors, as timm has them
+def is_rotary(names: Iterable[str] # of tensors, as timm has them
+             ) -> bool:            # True for DINOv3
     "Return whether tensors are of a ViT like DINOv3's, which turns q and k by their positions."
     return 'reg_token' in names and not any(name.startswith('pos_embed') for name in names)
 

@@ -23,8 +23,8 @@ from .collapse import CollapseDoctor, collapse_stats
 from .core import autocast, check_range, default_of, generator, set_seed
 from .data import ImageSource
 from .decode import BadFiles
-from .dist import (StepSampler, World, all_mean, all_mean_later, gather_state,
-                          norm_statistics, share_statistics, split_like, split_weights)
+from .dist import (StepSampler, World, all_mean, all_mean_later, norm_statistics,
+                          share_statistics)
 from .head import DINOHead, Predictor
 from .loss import DINOLoss
 from .multicrop import MultiCropWrapper, check_parts, split_views
@@ -34,6 +34,7 @@ from .schedules import Schedules, make_schedules
 from .settings import TrainConfig, backbone_settings, config_record
 from .shards import epoch_order
 from .softmax import at_least_float32
+from .split import gather_state, split_like, split_weights
 from .teacher import TeacherRule, make_teacher
 from .views import cache_images, count_workers, file_views, memory_views, prefetch
 
@@ -155,9 +156,9 @@ class Learner:
         self.verdict, self.lock = None, None  # the doctor's; a FolderLock, where one is held
 
     @property
-    def epoch(self) -> float: # epochs done
-        "Return how far the run is, in epochs."
-        return self.step / self.steps_per_epoch
+    def is_split(self) -> bool: # False where there is one process
+        "Return whether each process holds a share of the weights only."
+        return self.config.fsdp and self.world.size > 1
 
 # %% ../nbs/46_learner.ipynb #46b0a002
 @patch
@@ -185,12 +186,12 @@ def _distribute(self: Learner) -> nn.Module:
         warnings.simplefilter('ignore', FutureWarning)
         return DistributedDataParallel(self.student, broadcast_buffers=False)
 
-@patch(as_prop=True)
-def is_split(self: Learner) -> bool: # False where there is one process
-    "Return whether each process holds a share of the weights only."
-    return self.config.fsdp and self.world.size > 1
-
 # %% ../nbs/46_learner.ipynb #46b0a004
+@patch(as_prop=True)
+def epoch(self: Learner) -> float: # epochs done
+    "Return how far the run is, in epochs."
+    return self.step / self.steps_per_epoch
+
 @patch
 def step_seed(self: Learner) -> int: # for the global random stream of this step and process
     "Return the address of this step's remaining randomness (drop path)."

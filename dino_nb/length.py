@@ -38,7 +38,7 @@ def step_seconds(run: Learner,       # a new run, which is not used afterwards
                  seconds: float = 10. # of measuring; a third of them not counted
                 ) -> float:          # the same in every process
     "Return how long a step of a run takes, images and all."
-    def now():
+    def _now():
         if run.device.type == 'cuda': torch.cuda.synchronize(run.device)
         return time.monotonic()
     begin, first, since = time.monotonic(), 0, None
@@ -48,9 +48,9 @@ def step_seconds(run: Learner,       # a new run, which is not used afterwards
             run.step += 1
             passed = time.monotonic() - begin
             if since is None and run.step >= 3 and all_any(passed > seconds / 3):
-                first, since = run.step, now()
+                first, since = run.step, _now()
             elif since is not None and all_any(passed > seconds): break
-    return max(gather_list([(now() - since) / (run.step - first)]))
+    return max(gather_list([(_now() - since) / (run.step - first)]))
 
 # %% ../nbs/81_length.ipynb #1b04d401
 def fit_to_minutes(config: TrainConfig, # settings; minutes above 0

@@ -117,17 +117,17 @@ def plot_curves(rows: list[dict],             # a run's log
                ) -> plt.Figure:               # three panels
     "Plot what a run's log holds: the split of the loss, k-NN, and the pace."
     fig, (split, knn, pace) = plt.subplots(1, 3, figsize=(11, 3), layout='constrained')
-    def column(name): return zip(*[(row['epoch'], row[name]) for row in rows if name in row])
+    def _column(name): return zip(*[(row['epoch'], row[name]) for row in rows if name in row])
     for name in ('loss', 'teacher_entropy', 'kl'):
-        split.plot(*column(name), label=name.replace('_', ' '))
+        split.plot(*_column(name), label=name.replace('_', ' '))
     split.axhline(rows[0]['ln_k'], color='gray', ls=':', label='ln K')
     split.set(xlabel='epoch', ylabel='nats', ylim=0, title='loss = entropy + KL')
     for name in sorted({n for row in rows for n in row if n.startswith('knn')}):
-        knn.plot(*column(name), 'o-', ms=3, label=name.replace('_', ' '))
+        knn.plot(*_column(name), 'o-', ms=3, label=name.replace('_', ' '))
     for (name, value), style in zip((baselines or {}).items(), [':', '--', '-.']):
         knn.axhline(value, color='gray', ls=style, label=name)
     knn.set(xlabel='epoch', ylabel='20-NN accuracy', ylim=(0, 1), title='k-NN')
-    pace.plot(*column('images_per_second'), color='tab:blue')
+    pace.plot(*_column('images_per_second'), color='tab:blue')
     pace.set(xlabel='epoch', ylabel='images/s', ylim=0, title='pace')
     for ax in (split, knn):
         if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7)

@@ -118,37 +118,6 @@ def _open_log(self: Learner, folder: Path | None, evaluate, report) -> list[dict
         on_rank0(write_log, folder/'log.jsonl', rows)
     return rows
 
-# %% ../nbs/47_loop.ipynb #b0639ae7
-@patch
-def fit(self: Learner,
-        folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
-        evaluate: callable = None,  # function of the run that returns a dict of numbers
-        report: callable = tell     # called with every line of progress
-       ) -> list[dict]:             # the rows of the log
-    "Train from the current step to the end, or until a signal asks to stop."
-    rows, clock, unread = self._open_log(folder, evaluate, report), _Clock(), []
-    with StopSignals() as signals, self._written_down(folder) as writer:
-        for views, bad in clock.watch(self.views()):
-            unread += bad
-            look, save = self._evaluation_due(), self._due(self.config.checkpoint_steps)
-            measure = look or self._due(self.config.log_every) or self.step + 1 == self.n_steps
-            measured = self._take_step(views, measure)
-            self.stopped = all_any(signals.caught is not None or self.given_up())
-            if measure or save or self.stopped:
-                left_out, unread = self._settle(unread, folder, writer, report), []
-                self.seconds += clock.tick()
-                if measure and not left_out:
-                    self._note(rows, measured, clock, evaluate if look else None)
-                    self._tell(rows, report, folder)
-                if measure: clock.lap()
-                self._save(writer, save or self.stopped or self.step == self.n_steps, report)
-            else: self.seconds += clock.tick()
-            if self.stopped: break
-        if self.stopped: why = _heed(signals)
-        if folder: self._end_writing(writer)
-    if self.stopped: report(self.farewell(why))
-    return rows
-
 # %% ../nbs/47_loop.ipynb #47b0a002
 @patch
 def _take_step(self: Learner, views: list, measure: bool) -> dict:
@@ -168,6 +137,18 @@ def _written_down(self: Learner, folder: Path | None):
     self.writer, self.whole, self.stopped, self.untold = writer, True, False, None
     try: yield writer
     except Exception: self.rescue(); raise
+
+# %% ../nbs/47_loop.ipynb #5ef37101
+@patch
+def given_up(self: Learner) -> bool: # the same in all processes, as the verdict is
+    "True if the doctor found a collapse and the settings say to stop then."
+    found = self.verdict is not None and self.verdict.collapsed
+    return found and self.config.on_collapse == 'stop'
+
+def _heed(signals: StopSignals) -> str: # why the loop stops
+    "Return who asked the loop to stop, and take the note away."
+    why, signals.caught = signals.caught or asked_elsewhere() or 'a signal', None
+    return why
 
 # %% ../nbs/47_loop.ipynb #9dde2732
 @patch
@@ -196,18 +177,7 @@ def farewell(self: Learner,
         f'it could not be written; the same command goes on from step {writer.step}')
     return f'{why}: stopped after step {self.step} of {self.n_steps}; {how}'
 
-# %% ../nbs/47_loop.ipynb #5ef37101
-@patch
-def given_up(self: Learner) -> bool: # the same in all processes, as the verdict is
-    "True if the doctor found a collapse and the settings say to stop then."
-    found = self.verdict is not None and self.verdict.collapsed
-    return found and self.config.on_collapse == 'stop'
-
-def _heed(signals: StopSignals) -> str: # why the loop stops
-    "Return who asked the loop to stop, and take the note away."
-    why, signals.caught = signals.caught or asked_elsewhere() or 'a signal', None
-    return why
-
+# %% ../nbs/47_loop.ipynb #efe58b49
 @patch
 def _settle(self: Learner, unread: list, folder: Path | None, writer: CheckpointWriter | None,
             report) -> bool: # was the step left out?
@@ -221,6 +191,7 @@ def _settle(self: Learner, unread: list, folder: Path | None, writer: Checkpoint
         if writer: _written(writer, report)
         raise
 
+# %% ../nbs/47_loop.ipynb #8ffa1fdd
 @patch
 def _note(self: Learner, rows: list[dict], measured: dict, clock: _Clock, evaluate):
     "Add the row of the latest step, with what an evaluation finds, if one is due."
@@ -266,12 +237,12 @@ def _written(writer: CheckpointWriter, report):
 @patch
 def _end_writing(self: Learner, writer: CheckpointWriter | None):
     "Wait for the very last checkpoint; if it fails, every process raises what is on the disk."
-    def wait():
+    def _wait():
         try: writer.wait()
         except OSError as error:
             raise OSError(f'{error} The run is at step {self.step} of {self.n_steps}; the same '
                           f'command goes on from step {writer.step}.') from error
-    on_rank0(wait)
+    on_rank0(_wait)
 
 # %% ../nbs/47_loop.ipynb #23eecf6c
 MAX_WAITING = 0.3  # share of the time from which on waiting for images is worth a word
@@ -287,3 +258,34 @@ def _advice(self: Learner, rows: list[dict]) -> str: # one line; empty: nothing 
     return (f'note: {rows[-1]["waiting"]:.0%} of the time goes into waiting for images; give more '
             f'--workers (now {workers}, on {counted(os.cpu_count(), "core")}), or in a new run '
             f'{", ".join(later[:-1])} or {later[-1]}')
+
+# %% ../nbs/47_loop.ipynb #b0639ae7
+@patch
+def fit(self: Learner,
+        folder: Path | None = None, # where log.jsonl and checkpoint.pt go; None: nowhere
+        evaluate: callable = None,  # function of the run that returns a dict of numbers
+        report: callable = tell     # called with every line of progress
+       ) -> list[dict]:             # the rows of the log
+    "Train from the current step to the end, or until a signal asks to stop."
+    rows, clock, unread = self._open_log(folder, evaluate, report), _Clock(), []
+    with StopSignals() as signals, self._written_down(folder) as writer:
+        for views, bad in clock.watch(self.views()):
+            unread += bad
+            look, save = self._evaluation_due(), self._due(self.config.checkpoint_steps)
+            measure = look or self._due(self.config.log_every) or self.step + 1 == self.n_steps
+            measured = self._take_step(views, measure)
+            self.stopped = all_any(signals.caught is not None or self.given_up())
+            if measure or save or self.stopped:
+                left_out, unread = self._settle(unread, folder, writer, report), []
+                self.seconds += clock.tick()
+                if measure and not left_out:
+                    self._note(rows, measured, clock, evaluate if look else None)
+                    self._tell(rows, report, folder)
+                if measure: clock.lap()
+                self._save(writer, save or self.stopped or self.step == self.n_steps, report)
+            else: self.seconds += clock.tick()
+            if self.stopped: break
+        if self.stopped: why = _heed(signals)
+        if folder: self._end_writing(writer)
+    if self.stopped: report(self.farewell(why))
+    return rows

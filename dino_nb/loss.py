@@ -43,8 +43,6 @@ def _views_and_images(student, teacher):
     return n_rows // batch_size, batch_size
 
 # %% ../nbs/12_loss.ipynb #dacb3567
-KINDS = 'cross_entropy', 'mse'
-
 class DINOLoss(nn.Module):
     "Compare the student's views with the teacher's other views (DINO eqs. 1 to 4)."
     def __init__(self,
@@ -84,11 +82,15 @@ class DINOLoss(nn.Module):
         "Move the center towards these logits (DINO eq. 4)."
         self.center.update(teacher_logits, reduce)
 
-    def _compare(self, student_logits, targets):
-        "Return the mean over all pairs of views."
-        if self.kind == 'cross_entropy':
-            return cross_view_loss(log_softmax_temp(student_logits, self.student_temp), targets)
-        return 2 + 2 * cross_view_loss(normalize(at_least_float32(student_logits)), targets)
+# %% ../nbs/12_loss.ipynb #3e5eeb3d
+KINDS = 'cross_entropy', 'mse'
+
+@patch
+def _compare(self: DINOLoss, student_logits, targets):
+    "Return the mean over all pairs of views."
+    if self.kind == 'cross_entropy':
+        return cross_view_loss(log_softmax_temp(student_logits, self.student_temp), targets)
+    return 2 + 2 * cross_view_loss(normalize(at_least_float32(student_logits)), targets)
 
 # %% ../nbs/12_loss.ipynb #e338ad24
 @patch
@@ -98,9 +100,9 @@ def _compare_in_chunks(self: DINOLoss,
                       ) -> torch.Tensor:             # scalar, as from _compare
     "Return the loss, computed for a few images at a time and once more in backward."
     n_views, batch_size = _views_and_images(student_logits, targets)
-    def part(s, t): return self._compare(s.flatten(0, 1), t.flatten(0, 1)) * s.shape[1]
+    def _part(s, t): return self._compare(s.flatten(0, 1), t.flatten(0, 1)) * s.shape[1]
     parts = zip(student_logits.unflatten(0, (n_views, -1)).chunk(self.chunks, 1),
                 targets.unflatten(0, (2, -1)).chunk(self.chunks, 1))
-    losses = [checkpoint(part, s, t, use_reentrant=False, preserve_rng_state=False)
+    losses = [checkpoint(_part, s, t, use_reentrant=False, preserve_rng_state=False)
               for s, t in parts]
     return sum(losses) / batch_size

@@ -78,14 +78,14 @@ def _mix(x, matrices, shares, luma):
 
 def _jitter(x, plan):
     "Return images (n, 3, H, W), sorted by a plan, after its four jitters; x is changed."
-    def mix(step, rows):
+    def _apply(step, rows):
         _mix(x[rows], plan.matrices[step, rows], plan.shares[step, rows], plan.luma)
     ends, n = plan.ends, plan.ends[-1]
-    mix(0, slice(ends[0], n))  # hue is still to come
+    _apply(0, slice(ends[0], n))  # hue is still to come
     x = x.contiguous()         # crops made by matrices come column by column
-    for step in (1, 2): mix(step, slice(ends[step], n))
+    for step in (1, 2): _apply(step, slice(ends[step], n))
     x[:n] = _turn_hue(x[:n], plan.turns[:n], plan.opposite)
-    for step in (1, 2, 3): mix(step, slice(0, ends[step - 1]))  # it has been
+    for step in (1, 2, 3): _apply(step, slice(0, ends[step - 1]))  # it has been
     return x
 
 # %% ../nbs/16_photometric.ipynb #53e8a606

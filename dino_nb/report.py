@@ -83,10 +83,10 @@ def attention_scores(backbone: torch.nn.Module, # a vision transformer
     "Return how much of the attention lies on the objects, and how well its masks overlap them."
     views = attention_views(shapes.images, config).to(next(backbone.parameters()))
     maps = attention_maps(backbone, views).cpu()
-    def overlap(maps): return best_head_jaccard(mass_mask(maps, mass), shapes.masks)
+    def _overlap(maps): return best_head_jaccard(mass_mask(maps, mass), shapes.masks)
     scores = {'share on the object': attention_share(maps, shapes.masks),
-              'Jaccard, mean of heads': overlap(maps.mean(1, keepdim=True)),
-              'Jaccard, best head': overlap(maps)}
+              'Jaccard, mean of heads': _overlap(maps.mean(1, keepdim=True)),
+              'Jaccard, best head': _overlap(maps)}
     return {name: score.mean().item() for name, score in scores.items()}
 
 # %% ../nbs/75_report.ipynb #8b18d7ef
@@ -112,7 +112,7 @@ def figures(run: Learner,     # a finished run
            ) -> dict:         # name of the file -> function that draws it
     "Return how the figures of a run are drawn."
     config, source, backbone = run.config, run.source, run.teacher.backbone
-    def attention():
+    def _attention():
         reader = MultiCrop(source, config)  # where an image cannot be read, its neighbour stands in
         views = attention_views([reader.read(i)[0] for i in range(min(6, len(source)))], config)
         maps = attention_maps(backbone, views.to(next(run.teacher.parameters())))
@@ -121,7 +121,7 @@ def figures(run: Learner,     # a finished run
     drawn = {'views.png': lambda: show_views(source, config, config.seed,
                                              n_images=min(4, len(source))),
              'curves.png': lambda: plot_curves(rows, levels)}
-    return drawn | ({'attention.png': attention} if reads_class_token(backbone) else {})
+    return drawn | ({'attention.png': _attention} if reads_class_token(backbone) else {})
 
 def draw(drawn: dict,       # as figures returns it
          folder: Path,      # where the figures go

@@ -84,6 +84,22 @@ def _check_fits(name, warmup, epochs):
         raise ValueError(f'epochs is {epochs:g}, less than {name}, which is {warmup:g}; '
                          f'lower {name} or train longer.')
 
+# %% ../nbs/19_schedules.ipynb #415ea480
+def _check_arguments(steps_per_epoch, epochs, batch_size, warmup_epochs, teacher_momentum,
+                     teacher_momentum_end, warmup_teacher_temp, teacher_temp,
+                     warmup_teacher_temp_epochs, **rates):
+    "Raise a ValueError for the first argument of make_schedules that is out of range."
+    check_range('steps_per_epoch', steps_per_epoch, 1)
+    check_range('epochs', epochs, 1 / steps_per_epoch)
+    check_range('batch_size', batch_size, 1)
+    check_range('teacher_momentum', teacher_momentum, 0, 1)
+    check_range('teacher_momentum_end', teacher_momentum_end, 0, 1)
+    for name, rate in rates.items(): check_range(name, rate, 0)
+    check_range('warmup_teacher_temp', warmup_teacher_temp, 1e-3)
+    check_range('teacher_temp', teacher_temp, 1e-3)
+    _check_fits('warmup_epochs', warmup_epochs, epochs)
+    _check_fits('warmup_teacher_temp_epochs', warmup_teacher_temp_epochs, epochs)
+
 # %% ../nbs/19_schedules.ipynb #4559af7d
 def make_schedules(steps_per_epoch: int,                # steps in one pass over the images
                    epochs: float = 100,                 # length of the run, epochs
@@ -111,18 +127,3 @@ def make_schedules(steps_per_epoch: int,                # steps in one pass over
         partial(cosine, base=teacher_momentum, final=teacher_momentum_end),
         partial(_staircase, start=warmup_teacher_temp, final=teacher_temp,
                 warmup_steps=temp_steps, steps_per_epoch=steps_per_epoch))
-
-def _check_arguments(steps_per_epoch, epochs, batch_size, warmup_epochs, teacher_momentum,
-                     teacher_momentum_end, warmup_teacher_temp, teacher_temp,
-                     warmup_teacher_temp_epochs, **rates):
-    "Raise a ValueError for the first argument of make_schedules that is out of range."
-    check_range('steps_per_epoch', steps_per_epoch, 1)
-    check_range('epochs', epochs, 1 / steps_per_epoch)
-    check_range('batch_size', batch_size, 1)
-    check_range('teacher_momentum', teacher_momentum, 0, 1)
-    check_range('teacher_momentum_end', teacher_momentum_end, 0, 1)
-    for name, rate in rates.items(): check_range(name, rate, 0)
-    check_range('warmup_teacher_temp', warmup_teacher_temp, 1e-3)
-    check_range('teacher_temp', teacher_temp, 1e-3)
-    _check_fits('warmup_epochs', warmup_epochs, epochs)
-    _check_fits('warmup_teacher_temp_epochs', warmup_teacher_temp_epochs, epochs)

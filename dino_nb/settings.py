@@ -240,7 +240,9 @@ def _flag_type(annotation) -> dict:
     return dict(type=next(kind for kind in kinds if kind is not types.NoneType))
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message): raise ValueError(f'{shown(message, 200)}.')
+    def error(self, message: str):
+        "Raise a ValueError in place of leaving the program."
+        raise ValueError(f'{shown(message, 200)}.')
 
 # %% ../nbs/40_settings.ipynb #17a44c9f
 def settings_parser() -> argparse.ArgumentParser: # flags without defaults

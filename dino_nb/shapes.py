@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch.utils.data import Dataset
 
 from .core import check_choice, check_range, generator
@@ -77,12 +78,12 @@ def draw_scene(label: int,           # class, 0 to 9
               ) -> Scene:            # the record to render
     "Draw position, size, rotation, colors and background of one object."
     check_range('label', label, 0, len(CLASSES) - 1)
-    def uniform(low, high, *shape): return low + (high - low) * torch.rand(shape, generator=rng)
-    x, y = uniform(-0.2, 0.2, 2).tolist()
-    scale, rotation = uniform(0.75, 1).item(), uniform(-0.6, 0.6).item()
-    colors = torch.stack([uniform(0.6, 1, 3), uniform(0, 0.4, 3)])
-    tint = uniform(0.3, 0.6) + uniform(-0.1, 0.1, 3)
-    background = tint[:, None, None] + uniform(-0.4, 0.4, 3, 4, 4)
+    def _uniform(low, high, *shape): return low + (high - low) * torch.rand(shape, generator=rng)
+    x, y = _uniform(-0.2, 0.2, 2).tolist()
+    scale, rotation = _uniform(0.75, 1).item(), _uniform(-0.6, 0.6).item()
+    colors = torch.stack([_uniform(0.6, 1, 3), _uniform(0, 0.4, 3)])
+    tint = _uniform(0.3, 0.6) + _uniform(-0.1, 0.1, 3)
+    background = tint[:, None, None] + _uniform(-0.4, 0.4, 3, 4, 4)
     return Scene(label, x, y, scale, rotation, colors, background)
 
 # %% ../nbs/01_shapes.ipynb #804830c8
@@ -136,17 +137,18 @@ class Shapes(Dataset):
         pairs = [render_scene(self.scene(i), self.size) for i in range(self.n)]
         return [torch.stack(part) for part in zip(*pairs)]
 
-    @property
-    def images(self) -> torch.Tensor: # (n, 3, size, size) uint8
-        "All images."
-        return self._rendered[0]
+# %% ../nbs/01_shapes.ipynb #c41494c2
+@patch(as_prop=True)
+def images(self: Shapes) -> torch.Tensor: # (n, 3, size, size) uint8
+    "Return all images."
+    return self._rendered[0]
 
-    @property
-    def masks(self) -> torch.Tensor: # (n, size, size) bool
-        "Where the objects are."
-        return self._rendered[1]
+@patch(as_prop=True)
+def masks(self: Shapes) -> torch.Tensor: # (n, size, size) bool
+    "Return where the objects are."
+    return self._rendered[1]
 
-    @property
-    def labels(self) -> torch.Tensor: # (n,) int64
-        "The class of every image."
-        return torch.arange(self.n) % len(CLASSES)
+@patch(as_prop=True)
+def labels(self: Shapes) -> torch.Tensor: # (n,) int64
+    "Return the class of every image."
+    return torch.arange(self.n) % len(CLASSES)

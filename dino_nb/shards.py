@@ -90,11 +90,11 @@ def _index_shard(path: str) -> tuple[list[tuple], Counter]:
 # %% ../nbs/35_shards.ipynb #474b3817
 def _index_shards(paths: list[str]) -> dict[str, np.ndarray]:
     "Return name, shard, offset, size and label of every image in some tars; classes and notes."
-    def attempt(path):
+    def _attempt(path):
         try: return _index_shard(path)
         except BadShard as error: return error
     with ThreadPoolExecutor(8) as pool:
-        found = list(progress(pool.map(attempt, paths), len(paths), 'shards indexed'))
+        found = list(progress(pool.map(_attempt, paths), len(paths), 'shards indexed'))
     if bad := [str(rows) for rows in found if isinstance(rows, BadShard)]:
         few = '; '.join(bad[:3]) + (' ...' if len(bad) > 3 else '.')
         raise BadShard(f'{len(bad)} of {len(paths)} shards cannot be used: {few}')
@@ -138,7 +138,7 @@ def _opened(path: str, changed: int): return open(regular_file(path), 'rb')
 
 class _Members(ImageFiles):
     "Images inside of tars, decoded when asked for."
-    def __init__(self, paths, index):
+    def __init__(self, paths: list[str], index: dict):
         self.paths, self.root = paths, os.path.dirname(paths[0])
         self.changed = [os.stat(path).st_mtime_ns for path in paths]
         self.names, self.shard, self.offset, self.size = (
@@ -146,7 +146,9 @@ class _Members(ImageFiles):
 
     def __len__(self): return len(self.size)
 
-    def open(self, i): return io.BytesIO(self.read(i)), os.fsdecode(self.names[i])
+    def open(self, i: int) -> tuple: # index; a file in memory, and its name
+        "Return the file of image i."
+        return io.BytesIO(self.read(i)), os.fsdecode(self.names[i])
 
     def read(self, i: int) -> bytes: # of the file, as it was packed
         "Return an image's file."
@@ -163,11 +165,11 @@ def is_shards(source: object # anything `open_images` takes, or a pattern of tar
 
 def _n_shards(pattern):
     "Return about how many paths the braces of a pattern stand for, without expanding them."
-    def place(end): return int(end) if end.isdigit() else ord(end[0])
+    def _place(end): return int(end) if end.isdigit() else ord(end[0])
     n = 1
     for inner in re.findall(r'{([^{}]*)}', pattern):
         ends = re.fullmatch(r'(\w{1,18})[.][.](\w{1,18})', inner)
-        n *= abs(place(ends[2]) - place(ends[1])) + 1 if ends else inner.count(',') + 1
+        n *= abs(_place(ends[2]) - _place(ends[1])) + 1 if ends else inner.count(',') + 1
     return n
 
 def shard_paths(pattern: str | Path # path of tars, with {000..099}, {a,b}, * or ::

@@ -32,7 +32,7 @@ from .collapse import USUAL_RATES, suggest_recipe
 from .core import progress
 from .data import ImageSource
 from .decode import TooManyBadFiles
-from .dist import World, close_dist, env_number, init_dist, on_rank0, whole_weights
+from .dist import World, close_dist, env_number, init_dist, on_rank0
 from .length import (DURATIONS, fit_to_minutes, known_length, settings_of, stretch,
                             take_up)
 from .loop import Learner
@@ -40,6 +40,7 @@ from .report import (announce, baselines, knn_top1, publish, read_summary, resul
                             say, summarize)
 from .run import check_folder, check_memory, claim, open_data, resume, try_network
 from .settings import RECIPES, TrainConfig, make_config, typed_settings
+from .split import whole_weights
 from .stop import quiet_if_others_die, sentences, stoppable
 from .views import check_cache
 
@@ -143,13 +144,13 @@ def _train(run, bank, test, folder):
     if levels:
         tell('20-NN before training:', ', '.join(f'{n} {v:.1%}' for n, v in levels.items()))
 
-    def evaluate(run):
+    def _evaluate(run):
         if not levels: return {}
         with whole_weights(run.teacher):
             found = knn_top1(run.teacher.backbone, bank, test, config, run.world)
         return dict(knn_teacher=found[20]) if found else {}
 
-    rows = run.fit(folder, evaluate, report=tell)
+    rows = run.fit(folder, _evaluate, report=tell)
     if run.stopped: return {}
     with whole_weights(run.teacher, run.student):
         summary = summarize(run, bank, test, levels)

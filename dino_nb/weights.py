@@ -153,12 +153,13 @@ def _parts(index) -> list[str]:
     if names and all(Path(name).name == name for name in names): return names
     raise ValueError('it names no files of weights; fetch it again')
 
+# %% ../nbs/44_weights.ipynb #1bfd7d10
 def _open_folder(folder: Path) -> Source:
     "The source in a folder: a run, or what Hugging Face or timm write."
     if holds_run(folder) or (folder/'checkpoint.pt').exists():
-        def check(state):
+        def _check(state):
             if not _is_run(state): raise ValueError('it holds no run.')
-        return _source_of(load_checkpoint(folder/'checkpoint.pt', check=check))
+        return _source_of(load_checkpoint(folder/'checkpoint.pt', check=_check))
     found = next((folder/name for name in WEIGHTS if (folder/name).exists()), None)
     if found is None: raise ValueError(
         f'{shown(folder)} is a folder without a run and without {" or ".join(WEIGHTS[:2])}; '

@@ -33,7 +33,7 @@ from .core import tell
 _WORKERS = set()  # all that run
 
 @atexit.register
-def end_workers(workers=_WORKERS): # processes; by default all
+def end_workers(workers: set = _WORKERS): # processes; by default all
     "End processes that read ahead, also those that stand still."
     workers = [*workers]
     for worker in workers: worker.kill()
@@ -55,8 +55,9 @@ class _Parcel(NamedTuple):
 
 class _Pickler(pickle.Pickler):
     "Pickle all but tensors, for which places in a piece of memory are found."
-    def __init__(self, file): super().__init__(file); self.placed, self.size = [], 0
-    def persistent_id(self, item):
+    def __init__(self, file: io.BytesIO): super().__init__(file); self.placed, self.size = [], 0
+    def persistent_id(self, item: object) -> tuple | None: # of a tensor: begin, type, shape
+        "Return where a tensor will lie; None: it is pickled."
         if not isinstance(item, torch.Tensor): return None
         begin, self.size = self.size, self.size + -(-item.nbytes // 64) * 64
         self.placed.append((begin, item))
@@ -64,12 +65,14 @@ class _Pickler(pickle.Pickler):
 
 class _Unpickler(pickle.Unpickler):
     "Put batches together again."
-    def __init__(self, memory, rest):
+    def __init__(self, memory: torch.Tensor | bytes, rest: bytes):
         super().__init__(io.BytesIO(rest))
-        if isinstance(memory, bytes):
-            memory = torch.frombuffer(bytearray(memory), dtype=torch.uint8)
         self.memory = memory
-    def persistent_load(self, place): return _at(self.memory, *place)
+        if isinstance(memory, bytes):
+            self.memory = torch.frombuffer(bytearray(memory), dtype=torch.uint8)
+    def persistent_load(self, place: tuple) -> torch.Tensor: # as persistent_id returned it
+        "Return the tensor that lies there."
+        return _at(self.memory, *place)
 
 def _at(memory, begin, dtype, shape):
     "Return the tensor at a place of a piece of memory."
@@ -101,7 +104,7 @@ def _pack(batch) -> _Parcel:
 
 class _Work(Dataset):
     "What workers do: read(task), ready to be sent, or the error it ended in."
-    def __init__(self, read): self.read = read
+    def __init__(self, read: callable): self.read = read
     def __getitem__(self, task):
         try: return _pack(self.read(task))
         except Exception as error:
@@ -115,7 +118,7 @@ LONG, TOO_LONG = 20, 600  # seconds of waiting for a batch: after these it is sa
 
 class _Queue:
     "The tasks that workers have been given, and since when the first one is waited for."
-    def __init__(self, tasks, name):
+    def __init__(self, tasks: object, name: callable):
         self.tasks, self.name, self.workers, self.batches = tasks, name, [], None
         self.given, self.n_done, self.since, self.over = deque(), 0, None, threading.Event()
 

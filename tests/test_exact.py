@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from dino_nb.data import open_images
-from dino_nb.dist import CAN_SPLIT, close_dist, gather_state, init_dist
+from dino_nb.dist import close_dist, init_dist
 from dino_nb.learner import Learner, train_step
 from dino_nb.settings import make_config
 from dino_nb.shapes import Shapes
+from dino_nb.split import CAN_SPLIT, gather_state
 
 BOUND = dict(float64=1e-12, float32=1e-4)
 FORK = multiprocessing.get_context('forkserver')  # processes that need not import torch again

@@ -85,6 +85,20 @@ def test_lines_fit(book):
 
 
 @each_book
+def test_cells_functions_and_modules_are_short(book):
+    exported = 0
+    for flags, source, _ in code_cells(book):
+        if not flags & {'export', 'exports'}: continue
+        lines = [line for line in source.splitlines() if not line.startswith('#|')]
+        assert len(lines) <= 40, f'a cell of {len(lines)} lines:\n{source}'
+        exported += sum(bool(line.strip()) for line in lines)
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.FunctionDef): continue
+            assert node.end_lineno - node.lineno < 30, f'{node.name} is longer than 30 lines'
+    assert exported <= 250, f'{exported} exported lines'
+
+
+@each_book
 def test_outputs_are_stored_and_plain(book):
     assert book.stat().st_size <= 500_000
     for flags, source, outputs in code_cells(book):

@@ -14,9 +14,11 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from dino_nb import report, run, train
-from dino_nb.checkpoint import LOCK, load_checkpoint, map_state
+from dino_nb.checkpoint import load_checkpoint
+from dino_nb.lock import LOCK
 from dino_nb.settings import config_record, make_config
 from dino_nb.shapes import Shapes
+from dino_nb.split import map_state
 
 torch.set_num_threads(1)  # children are forked
 SETTINGS = ('--depth 1 --embed-dim 32 --num-heads 2 --out-dim 512 --hidden-dim 64 '

@@ -13,9 +13,10 @@ from torchvision.transforms.functional import to_pil_image
 
 from dino_nb.checkpoint import load_checkpoint
 from dino_nb.data import open_images, probe_split
-from dino_nb.dist import CAN_SPLIT, StepSampler
+from dino_nb.dist import StepSampler
 from dino_nb.settings import make_config
 from dino_nb.shapes import Shapes
+from dino_nb.split import CAN_SPLIT
 from dino_nb.views import file_views
 
 def test_one_process_and_its_folder(images, tmp_path):
