@@ -237,6 +237,7 @@ def _open_timm(name: str, report) -> Source:
     state = _open_folder(_fetch(known.hf_hub_id)).state
     return Source(state, architecture, dict(img_size=tuple(known.input_size[1:])))
 
+# %% ../nbs/44_weights.ipynb #40300ec1
 def open_source(source: str | Path, # as for load_backbone
                 report: callable = tell # called with a line before anything is fetched
                ) -> Source:         # what it holds
