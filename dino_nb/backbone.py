@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resample_positions', 'DINOViT', 'reason_of', 'check_backbone', 'create_backbone', 'Tokens', 'backbone_tokens',
-           'set_fused_attention', 'convolves', 'network_dtype']
+           'set_fused_attention', 'convolves', 'network_dtype', 'SmallConvNet', 'small_convnet']
 
 # %% ../nbs/14_backbone.ipynb #f3f88299
 import re
@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
+from timm.models import checkpoint_seq, register_model
 from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
@@ -216,3 +217,44 @@ def network_dtype(network: nn.Module,  # with its weights in float32, or in floa
     weights = next(network.parameters(), torch.empty(0)).dtype
     if device.type == 'cpu' and convolves(network): return weights
     return default_dtype(device, weights)
+
+# %% ../nbs/14_backbone.ipynb #14c0de02
+class SmallConvNet(nn.Module):
+    "Seven convolutions, for images from 16 to about 96 pixels."
+    widths, strides = (1, 2, 2, 4, 4, 8, 8), (1, 2, 1, 2, 1, 2, 1)
+
+    def __init__(self, embed_dim: int = 128): # width of the features, a multiple of 8
+        super().__init__()
+        check_range('embed_dim', embed_dim, 8)
+        if embed_dim % 8: raise ValueError(f'embed_dim is {embed_dim}; it must be a multiple of 8.')
+        sizes = [3, *(width * embed_dim // 8 for width in self.widths)]
+        self.blocks, self.num_features = nn.Sequential(*(
+            nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False),
+                          nn.BatchNorm2d(n_out), nn.ReLU(inplace=True))
+            for n_in, n_out, stride in zip(sizes, sizes[1:], self.strides))), embed_dim
+        self.to(memory_format=torch.channels_last)  # faster on CPUs
+        self.recomputes = False
+
+    def set_grad_checkpointing(self, enable: bool = True): # True: save memory
+        "Forget activations and compute them again in the backward pass."
+        self.recomputes = enable
+
+    def forward_features(self, images: torch.Tensor) -> torch.Tensor:
+        "Return the last map (B, D, H / 8, W / 8)."
+        if self.recomputes and self.training: return checkpoint_seq(self.blocks, images)
+        return self.blocks(images)
+
+    def forward_head(self, maps: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
+        "Return the mean over the map (B, D)."
+        return maps.mean((2, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        "Return the features (B, D)."
+        return self.forward_head(self.forward_features(images))
+
+# %% ../nbs/14_backbone.ipynb #14c0de03
+@register_model
+def small_convnet(pretrained: bool = False, num_classes: int = 0, embed_dim: int = 128,
+                  pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None) -> SmallConvNet:
+    "Return a SmallConvNet, as timm calls for it."
+    return SmallConvNet(embed_dim)

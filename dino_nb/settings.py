@@ -186,6 +186,10 @@ RECIPES['cifar10'] = RECIPES['tiny'] | dict(
     patch_size=4, global_size=32, local_size=16, out_dim=512, hue=0.1, cache='device',
     warmup_teacher_temp=0.04, teacher_temp=0.04, epochs=8, warmup_epochs=0.8,
     freeze_last_layer=0.4, knn_every=1)
+RECIPES['photos_cpu'] = RECIPES['cifar10'] | dict(
+    backbone='small_convnet', embed_dim=128, patch_size=None, depth=None, num_heads=None,
+    use_bn=True, target='sinkhorn', warmup_teacher_temp=0.025, teacher_temp=0.025,
+    epochs=15, warmup_epochs=1.5, freeze_last_layer=0., knn_every=5)
 
 # %% ../nbs/40_settings.ipynb #7e30fc16
 VIT_SETTINGS = 'patch_size', 'embed_dim', 'depth', 'num_heads'
