@@ -42,7 +42,7 @@ from .run import check_folder, check_memory, claim, open_data, resume, try_netwo
 from .settings import RECIPES, TrainConfig, make_config, typed_settings
 from .split import whole_weights
 from .stop import quiet_if_others_die, sentences, stoppable
-from .views import check_cache
+from .views import hold_images
 
 # %% ../nbs/90_train.ipynb #b30aa2d7
 def check_device(name: str): # auto, cpu, cuda or mps
@@ -115,7 +115,8 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     length = on_rank0(known_length, config)
     if length: config, reasons = of_length(config, length, typed, len(train), world)
     folder = on_rank0(check_folder, config, train, (*reasons,))
-    if config.cache == 'device' and train.images is None: check_cache(train, world.device)
+    for source in filter(None, (train, bank, test) if config.cache == 'device' else ()):
+        hold_images(source, world.device)
     try_network(config, world.device)
     if config.minutes and not length:
         length = fit_to_minutes(config, train, world)

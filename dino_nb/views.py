@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ViewBatch', 'MultiCrop', 'collate_views', 'to_views', 'count_workers', 'file_views', 'check_cache', 'cache_images',
-           'memory_views', 'prefetch', 'show_views']
+           'hold_images', 'memory_views', 'prefetch', 'show_views']
 
 # %% ../nbs/34_views.ipynb #4a716445
 import os
@@ -138,6 +138,15 @@ def cache_images(source: Dataset,      # source[i] is a uint8 image (3, H, W), o
     images = torch.zeros(n, 3, *sizes.amax(0), dtype=torch.uint8)
     for row, image in zip(images, found): row[:, :image.shape[1], :image.shape[2]] = image
     return images.to(device), sizes, list(dict.fromkeys(sum(bad, [])))
+
+# %% ../nbs/34_views.ipynb #34c0de02
+def hold_images(source: ImageSource, # N images
+                device: torch.device # where they are wanted
+               ):
+    "Read all images of a source once; those of one size are in memory from here on."
+    if source.images is not None or source.cached: return
+    source.cached = images, sizes, bad = cache_images(source, device)
+    if not bad and (sizes == sizes[0]).all(): source.items = images
 
 # %% ../nbs/34_views.ipynb #5062010b
 def memory_views(images: torch.Tensor,   # (N, 3, H, W) uint8, on the device that trains
