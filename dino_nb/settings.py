@@ -188,8 +188,7 @@ RECIPES['cifar10'] = RECIPES['tiny'] | dict(
     freeze_last_layer=0.4, knn_every=1)
 RECIPES['photos_cpu'] = RECIPES['cifar10'] | dict(
     backbone='small_convnet', embed_dim=128, patch_size=None, depth=None, num_heads=None,
-    use_bn=True, target='sinkhorn', warmup_teacher_temp=0.025, teacher_temp=0.025,
-    epochs=15, warmup_epochs=1.5, freeze_last_layer=0., knn_every=5)
+    use_bn=True, target='sinkhorn', warmup_teacher_temp=0.025, teacher_temp=0.025, knn_every=4)
 
 # %% ../nbs/40_settings.ipynb #7e30fc16
 VIT_SETTINGS = 'patch_size', 'embed_dim', 'depth', 'num_heads'
