@@ -287,5 +287,5 @@ def fit(self: Learner,
             if self.stopped: break
         if self.stopped: why = _heed(signals)
         if folder: self._end_writing(writer)
-    if self.stopped: report(self.farewell(why))
+    if self.stopped: self.took_leave = True; report(self.farewell(why))
     return rows

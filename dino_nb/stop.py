@@ -79,7 +79,9 @@ def _say_farewell(found, why):
     main = os.environ.get('RANK', '0') == '0'
     if main and not found: tell(f'{why}: stopped before the run began; the same '
                                 'command begins it')
-    for run in found: say(run.world, run.farewell(why))
+    for run in found:
+        if not getattr(run, 'took_leave', False): say(run.world, run.farewell(why))
+        run.took_leave = True
 
 def _listen():
     "Ask, once a second, whether something else is a reason to stop."

@@ -42,10 +42,11 @@ def end_workers(workers: set = _WORKERS): # processes; by default all
 SIGNALS = 'SIGTERM', 'SIGINT', 'SIGUSR1', 'SIGHUP'
 
 def _let_main_decide(worker: int):
-    "Leave signals to the main process, and end when it does."
+    "Leave signals to the main process, and end when it does, without a word."
     for name in SIGNALS:
         if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
     if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+    sys.excepthook = lambda *error: None  # of the thread that hands batches over
 
 # %% ../nbs/33_workers.ipynb #89a791ad
 class _Parcel(NamedTuple):
