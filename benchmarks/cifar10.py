@@ -14,20 +14,12 @@ from itertools import islice
 import common
 import torch
 
-from dino_nb.data import ImageSource, find_splits
+from dino_nb.data import find_splits
 from dino_nb.knn import evaluate_knn, pixel_knn
 from dino_nb.learner import build_student, train_step
 from dino_nb.loop import Learner
-from dino_nb.settings import RECIPES, make_config, typed_settings
-from dino_nb.views import cache_images
-
-DURATIONS = 'warmup_epochs', 'freeze_last_layer', 'warmup_teacher_temp_epochs'
-
-
-def in_memory(source):
-    "Return a source whose images lie in one tensor."
-    images, _, _ = cache_images(source, torch.device('cpu'))
-    return ImageSource(images, source.names, source.labels, source.classes)
+from dino_nb.settings import DURATIONS, RECIPES, make_config, typed_settings
+from dino_nb.views import hold_images
 
 
 def settings_for(images, n_images, recipe, typed):
@@ -35,8 +27,8 @@ def settings_for(images, n_images, recipe, typed):
     asked = RECIPES[recipe] | typed
     config = make_config(recipe, **typed)
     share = images / n_images / config.epochs
-    scaled = {name: getattr(config, name) * share for name in DURATIONS if name in asked}
-    return asked | dict.fromkeys(DURATIONS, 0.) | scaled | dict(epochs=images / n_images,
+    scaled = {name: getattr(config, name) * share for name in DURATIONS[1:] if name in asked}
+    return asked | dict.fromkeys(DURATIONS[1:], 0.) | scaled | dict(epochs=images / n_images,
                                                                knn_every=0)
 
 
@@ -85,7 +77,8 @@ def main(argv=None):
     options, words = parser.parse_known_args(argv)
     typed = typed_settings(words)
     torch.set_num_threads(1)
-    source, test = map(in_memory, find_splits(options.data))
+    source, test = find_splits(options.data)
+    for images in (source, test): hold_images(images)
     bank = source.subset(torch.arange(0, len(source), max(1, len(source) // options.bank)))
     trial = settings_for(1000 * len(source), len(source), options.recipe, typed)
     speed = images_per_second(trial, source)

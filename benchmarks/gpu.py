@@ -87,7 +87,7 @@ def end(process, stage, deadline, rows):
     process.join(max(0.1, deadline - time.monotonic()))
     status = 'ended by the clock' if process.is_alive() else process.exitcode
     try: os.killpg(process.pid, signal.SIGKILL)  # with all that it started
-    except ProcessLookupError: pass
+    except ProcessLookupError: process.kill()  # it has no group yet, or is gone
     process.join()
     found = []
     for line in rows.read_text().splitlines() if rows.exists() else []:

@@ -36,7 +36,7 @@ from .shards import epoch_order
 from .softmax import at_least_float32
 from .split import gather_state, split_like, split_weights
 from .teacher import TeacherRule, make_teacher
-from .views import cache_images, count_workers, file_views, memory_views, prefetch
+from .views import hold_images, count_workers, file_views, memory_views, prefetch
 
 # %% ../nbs/46_learner.ipynb #5e6863ed
 def build_student(config: TrainConfig # settings of a run
@@ -153,7 +153,7 @@ class Learner:
         warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
         self.doctor = CollapseDoctor(warmup_steps=max(default_of(CollapseDoctor, 'warmup_steps'),
                                                       warmup_steps))
-        self.verdict, self.lock = None, None  # the doctor's; a FolderLock, where one is held
+        self.verdict, self.lock, self.took_leave = None, None, False  # farewell said?
 
     @property
     def is_split(self) -> bool: # False where there is one process
@@ -212,13 +212,13 @@ def views(self: Learner):
 @patch
 def _cached(self: Learner) -> tuple: # (N, 3, H, W) uint8 where the run computes, (N, 2) sizes
     "Return all images in one tensor; what cannot be read is recorded."
+    hold_images(self.source)
     images = self.source.images
     if images is not None:
         return images.to(self.device), torch.tensor(images.shape[-2:]).expand(len(images), 2)
-    if self.source.cached is None: self.source.cached = cache_images(self.source, self.device)
     images, sizes, bad = self.source.cached
     for index, reason in bad: self.bad_files.record(index, reason)
-    return images, sizes
+    return images.to(self.device), sizes
 
 # %% ../nbs/46_learner.ipynb #d8518340
 @patch

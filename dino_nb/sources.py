@@ -22,8 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
 from timm.models import load_state_dict
-from timm.models._hub import download_from_hf
 
 from .backbone import reason_of
 from .core import listed, regular_file, shown
@@ -123,7 +123,8 @@ def _download(repo, name) -> Path | None:
     "One file of a repository of the hub; None if it has no such file."
     log = logging.getLogger('huggingface_hub')
     level, _ = log.level, log.setLevel(logging.CRITICAL)
-    try: return Path(download_from_hf(repo, name))
+    place, _, revision = repo.partition('@')
+    try: return Path(hf_hub_download(place, name, revision=revision or None))
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
         why = reason_of(error)

@@ -80,8 +80,8 @@ def _say_farewell(found, why):
     if main and not found: tell(f'{why}: stopped before the run began; the same '
                                 'command begins it')
     for run in found:
-        if not getattr(run, 'took_leave', False): say(run.world, run.farewell(why))
-        run.took_leave = True
+        said, run.took_leave = run.took_leave, True
+        if not said: say(run.world, run.farewell(why))
 
 def _listen():
     "Ask, once a second, whether something else is a reason to stop."

@@ -33,16 +33,15 @@ from .core import progress
 from .data import ImageSource
 from .decode import TooManyBadFiles
 from .dist import World, close_dist, env_number, init_dist, on_rank0
-from .length import (DURATIONS, fit_to_minutes, known_length, settings_of, stretch,
-                            take_up)
+from .length import fit_to_minutes, known_length, settings_of, stretch, take_up
 from .loop import Learner
 from .report import (announce, baselines, knn_top1, publish, read_summary, result_lines,
                             say, summarize)
 from .run import check_folder, check_memory, claim, open_data, resume, try_network
-from .settings import RECIPES, TrainConfig, make_config, typed_settings
+from .settings import DURATIONS, RECIPES, TrainConfig, make_config, typed_settings
 from .split import whole_weights
 from .stop import quiet_if_others_die, sentences, stoppable
-from .views import hold_images
+from .views import check_cache, hold_images
 
 # %% ../nbs/90_train.ipynb #b30aa2d7
 def check_device(name: str): # auto, cpu, cuda or mps
@@ -115,8 +114,7 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     length = on_rank0(known_length, config)
     if length: config, reasons = of_length(config, length, typed, len(train), world)
     folder = on_rank0(check_folder, config, train, (*reasons,))
-    for source in filter(None, (train, bank, test) if config.cache == 'device' else ()):
-        hold_images(source, world.device)
+    if config.cache == 'device' and train.images is None: check_cache(train, world.device)
     try_network(config, world.device)
     if config.minutes and not length:
         length = fit_to_minutes(config, train, world)
@@ -141,6 +139,7 @@ def train(run: Learner,             # a new run
 def _train(run, bank, test, folder):
     "Train, evaluate and draw in a folder that is this run's."
     config, tell = run.config, partial(say, run.world)
+    if config.cache == 'device': hold_images(run.source)
     levels = baselines(bank, test, config, run.world) if bank else {}
     if levels:
         tell('20-NN before training:', ', '.join(f'{n} {v:.1%}' for n, v in levels.items()))

@@ -140,12 +140,10 @@ def cache_images(source: Dataset,      # source[i] is a uint8 image (3, H, W), o
     return images.to(device), sizes, list(dict.fromkeys(sum(bad, [])))
 
 # %% ../nbs/34_views.ipynb #34c0de02
-def hold_images(source: ImageSource, # N images
-                device: torch.device # where they are wanted
-               ):
-    "Read all images of a source once; those of one size are in memory from here on."
+def hold_images(source: ImageSource): # N images
+    "Read all images of a source into memory, once; those of one size stay in the place of files."
     if source.images is not None or source.cached: return
-    source.cached = images, sizes, bad = cache_images(source, device)
+    source.cached = images, sizes, bad = cache_images(source, torch.device('cpu'))
     if not bad and (sizes == sizes[0]).all(): source.items = images
 
 # %% ../nbs/34_views.ipynb #5062010b

@@ -91,6 +91,6 @@ def test_a_full_disk_stops_nothing(images, job, whole, small_disk, tmp_path):
     small_disk.empty()
     status, out, err, _ = job.end(timeout=120)
     assert status == 0 and not err, err
-    line, = [line for line in out.splitlines() if 'could not be written' in line]
-    assert 'No space left' in line and 'what was there is kept' in out
+    lines = [line for line in out.splitlines() if 'could not be written' in line]
+    assert all('No space left' in line for line in lines) and 'what was there is kept' in out
     same_run(whole[0], folder)
