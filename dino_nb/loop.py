@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .checkpoint import CheckpointWriter, StopSignals
+from .checkpoint import CheckpointWriter
 from .collapse import CollapseDoctor
 from .core import counted, tell
 from .decode import TooManyBadFiles
 from .dist import StepSampler, all_any, asked_elsewhere, gather_list, on_rank0
 from .learner import Learner, train_step
 from .log import format_row, take_up_log, write_log, write_text
+from .signals import StopSignals
 from .views import count_workers
 
 # %% ../nbs/47_loop.ipynb #7d3f7079

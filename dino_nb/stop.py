@@ -16,10 +16,10 @@ from functools import partial
 
 import torch
 
-from .checkpoint import STOPPING, Deadline, Stopped, StopSignals
 from .core import shown, tell
 from .dist import World, asked_elsewhere, first_to_speak, tell_others
 from .report import say
+from .signals import STOPPING, Deadline, Stopped, StopSignals
 from .workers import end_workers
 
 # %% ../nbs/82_stop.ipynb #1cab67ca
