@@ -13,7 +13,7 @@ from dino_nb.checkpoint import load_checkpoint
 
 WORDS = SMALL + ['--depth', '2', '--drop-path-rate', '0.2', '--checkpoint-steps', '5',
                  '--workers', '1', '--out', 'run']
-SEED, TIMES = 10, 6
+SEED, TIMES = 10, 4
 SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
 pytestmark = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks at /proc')
