@@ -120,6 +120,13 @@ def defined(src):
     return [m for n in nodes for m in L(patch_name(n))]
 
 
+def is_folded(cell):
+    "Whether exported code only checks arguments or draws: a click shows it, its text is there"
+    opts, src = options(cell)
+    names = defined(src) if 'code-summary' in opts else []
+    return bool(names) and all(re.match(r'_?(check|show|plot)_', name) for name in names)
+
+
 def alt_text(after):
     "What the text after a figure says of it: an italic caption, or else the first sentence"
     text = after.source.strip() if after and after.cell_type == 'markdown' else ''
@@ -133,7 +140,7 @@ def code_cell(cell, after):
     "A code cell with the tags that MyST-NB and the style sheet know"
     opts, src = options(cell)
     tags = {'exported': 'code-summary' in opts, 'remove-input': opts.get('echo') == 'false',
-            'remove-output': opts.get('output') == 'false'}
+            'remove-output': opts.get('output') == 'false', 'hide-input': is_folded(cell)}
     meta = dict(tags=[tag for tag, on in tags.items() if on])
     meta['mystnb'] = dict(image=dict(alt=alt_text(after)))
     return nbformat.from_dict({**cell, 'source': src, 'metadata': meta})
@@ -158,7 +165,10 @@ def adapt(nb, rel, links=site_links):
             cells += [definition([name], docs, promised, links(body))
                       for name, (_, body) in show_docs([cell]).items() if name not in visible]
         elif cell.cell_type == 'code' and (options(cell)[1].strip() or cell.outputs):
-            if shown.get(cell.id): cells.append(definition(shown[cell.id], docs, promised))
+            names, folded = shown.get(cell.id), is_folded(cell)
+            if names and not folded: cells.append(definition(names, docs, promised))
+            for name in names if names and folded else ():
+                cells.append(definition([name], docs, promised, links(docs[name][1])))
             cells.append(code_cell(cell, after))
     python = dict(language_info=dict(name='python', pygments_lexer='ipython3'))
     nb.cells, nb.metadata = cells, nbformat.from_dict(python)

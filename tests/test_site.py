@@ -68,3 +68,11 @@ def test_math_is_rendered_without_a_network(again, pages, tmp_path):
                           text=True, capture_output=True, timeout=120)
     assert '<mjx-container' in done.stdout
     assert '<merror' not in done.stdout and 'class="math' in done.stdout
+
+
+def test_checks_of_arguments_are_folded(again, pages):
+    "A click shows them; what is explained stands open"
+    text = (again.site/'checkpoint.html').read_text(encoding='utf-8')
+    folded = re.findall(r'<details class="[^"]*hide.*?</details>', text, flags=re.S)
+    plain = ' '.join(re.sub('<[^>]+>', '', part) for part in folded)
+    assert 'def check_moments' in plain and 'def save_checkpoint' not in plain
