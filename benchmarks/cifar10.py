@@ -14,11 +14,12 @@ from itertools import islice
 import common
 import torch
 
+from dino_nb.choice import typed_settings
 from dino_nb.data import find_splits
 from dino_nb.knn import evaluate_knn, pixel_knn
 from dino_nb.learner import build_student, train_step
 from dino_nb.loop import Learner
-from dino_nb.settings import DURATIONS, RECIPES, make_config, typed_settings
+from dino_nb.settings import DURATIONS, RECIPES, make_config
 from dino_nb.views import hold_images
 
 

@@ -222,7 +222,9 @@ def announce(run: Learner, folder: Path, reasons: dict):
     tell(f'dino_nb {__version__}, recipe {run.config.recipe}, run folder {folder}')
     tell(describe(run.config))
     if reasons: tell(f'no --recipe: chosen for {len(run.source):,} images')
-    for name, why in reasons.items(): tell(f'  {name} {getattr(run.config, name):g}: {why}')
+    for name, why in reasons.items():
+        value = getattr(run.config, name)
+        tell(f'  {name} {f"{value:g}" if isinstance(value, float) else shown(value)}: {why}')
     tell(f'{len(run.source):,} images, {n_params/1e6:.1f} M parameters, {run.n_steps} steps, '
          f'{run.device} {run.dtype}, {run.world.size} process(es)')
     for note in [*run.source.notes, *_precision_notes(run)]: tell('note:', note)

@@ -4,14 +4,10 @@
 
 # %% auto #0
 __all__ = ['DURATIONS', 'RANGES', 'CHOICES', 'RECIPES', 'VIT_SETTINGS', 'FREE', 'DataSettings', 'ModelSettings',
-           'TeacherSettings', 'OptimSettings', 'RunSettings', 'TrainConfig', 'make_config', 'backbone_settings',
-           'setting_docs', 'settings_parser', 'typed_settings', 'config_record', 'config_changes']
+           'TeacherSettings', 'OptimSettings', 'RunSettings', 'check_setting', 'TrainConfig', 'make_config',
+           'backbone_settings', 'setting_docs', 'config_record', 'config_changes']
 
 # %% ../nbs/40_settings.ipynb #efeaf56d
-import argparse
-import math
-import types
-import typing
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 
@@ -137,7 +133,7 @@ CHOICES = dict(pos_embed_rule=('published', 'timm'), optimizer=('adamw', 'sgd', 
                cache=('none', 'device'), decode=DECODERS, device=('auto', 'cpu', 'cuda', 'mps'),
                precision=('auto', 'bfloat16', 'float16', 'float32', 'float64'))
 
-def _check_setting(name, value):
+def check_setting(name: str, value: object): # a setting, and what it shall be
     "Raise a ValueError if the value of a single setting is none that it may have."
     if name in RANGES and value is not None: check_range(name, value, *RANGES[name])
     if name in CHOICES: check_choice(name, value, CHOICES[name])
@@ -155,7 +151,7 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
 
     def __post_init__(self):
         super().__post_init__()
-        for name, value in vars(self).items(): _check_setting(name, value)
+        for name, value in vars(self).items(): check_setting(name, value)
         check_range('head_layers', self.head_layers, 1 if self.l2_bottleneck else 0, 100)
         if self.fsdp and self.optimizer != 'adamw':
             raise ValueError(f'fsdp does not work with {self.optimizer}; use optimizer adamw.')
@@ -178,6 +174,7 @@ RECIPES = {
     'vit_s16_300ep': dict(
         batch_size=1024, epochs=300, norm_last_layer=False, warmup_teacher_temp=0.04,
         teacher_temp=0.07, warmup_teacher_temp_epochs=30),
+    'photos_gpu': dict(batch_size=256),
     'resnet50': dict(
         backbone='resnet50', drop_path_rate=0., batch_size=512, epochs=100, optimizer='sgd',
         lr=0.03, weight_decay=1e-4, weight_decay_end=1e-4, global_scale=(0.14, 1.),
@@ -231,57 +228,6 @@ def setting_docs() -> dict[str, dict[str, str]]: # topic -> setting -> explanati
         topic = group.__doc__.rstrip('.')
         groups[topic] = {name: ' '.join((docs[name] or '').split()) for name in names}
     return groups
-
-# %% ../nbs/40_settings.ipynb #1080c62d
-def _flag_type(annotation) -> dict:
-    "How argparse reads a field of this type."
-    kinds = typing.get_args(annotation) or (annotation,)
-    if bool in kinds: return dict(action=argparse.BooleanOptionalAction)
-    if typing.get_origin(annotation) is tuple: return dict(type=kinds[0], nargs='+')
-    for kind in kinds:
-        if typing.get_origin(kind) is tuple: return dict(type=typing.get_args(kind)[0], nargs='+')
-    return dict(type=next(kind for kind in kinds if kind is not types.NoneType))
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        "Raise a ValueError in place of leaving the program."
-        raise ValueError(f'{shown(message, 200)}.')
-
-# %% ../nbs/40_settings.ipynb #17a44c9f
-def settings_parser() -> argparse.ArgumentParser: # flags without defaults
-    "Return a parser with one flag per setting; what is not typed is left out."
-    usage = 'dino_train [--recipe NAME] [--data PATH] [--SETTING VALUE ...]'
-    parser = _Parser('dino_train', usage=usage,
-                     description='Train DINO on a folder of images, or on the embedded dataset.',
-                     epilog='Defaults in brackets are those of ViT-S/16; a recipe changes some.',
-                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    defaults, kinds = TrainConfig(), {f.name: f.type for f in fields(TrainConfig)}
-    for topic, docs in setting_docs().items():
-        group = parser.add_argument_group(topic)
-        for name, doc in docs.items():
-            default = ', '.join(RECIPES) if name == 'recipe' else getattr(defaults, name)
-            group.add_argument('--' + name.replace('_', '-'), **_flag_type(kinds[name]),
-                               help=f'{doc} [{default}]'.replace('%', '%%'))
-    return parser
-
-# %% ../nbs/40_settings.ipynb #832be1af
-def typed_settings(argv: list[str] | None = None # words of the command line; None: sys.argv
-                  ) -> dict:                     # setting -> value
-    "Return the settings that a command line names, each checked by itself, and no others."
-    parser = settings_parser()
-    typed, unknown = parser.parse_known_args(argv)
-    flags = [option for action in parser._actions for option in action.option_strings]
-    for word in unknown:
-        if word.startswith('-'): check_choice('setting', word.split('=')[0], flags)
-        raise ValueError(f'{shown(word)} belongs to no setting; write --NAME VALUE.')
-    typed = {k: v[0] if isinstance(v, list) and len(v) == 1 else v for k, v in vars(typed).items()}
-    for name, value in typed.items():
-        for x in value if isinstance(value, list) else [value]:
-            if isinstance(x, float) and not math.isfinite(x):
-                raise ValueError(f'{name} is {x}; it must be a finite number.')
-        _check_setting(name, value)
-    ViewSettings(**{f.name: typed[f.name] for f in fields(ViewSettings) if f.name in typed})
-    return typed
 
 # %% ../nbs/40_settings.ipynb #01943fef
 def config_record(config: TrainConfig # settings of a run
