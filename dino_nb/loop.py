@@ -207,7 +207,8 @@ def _tell(self: Learner, rows: list[dict], report, folder: Path | None):
     report(format_row(rows[-1], self.n_steps, self.config.epochs, left))
     before = rows[-2]['verdict'] if len(rows) > 1 else CollapseDoctor().state
     if rows[-1]['verdict'] != before: report(str(self.verdict))
-    if advice := self._advice(rows): report(advice)
+    for note in (self._advice(rows), self._hours(rows, left)):
+        if note: report(note)
     self.untold = None
     if not folder or not self.world.is_main: return
     try: write_log(folder/'log.jsonl', rows[-1:], 'a')
@@ -259,6 +260,13 @@ def _advice(self: Learner, rows: list[dict]) -> str: # one line; empty: nothing 
     return (f'note: {rows[-1]["waiting"]:.0%} of the time goes into waiting for images; give more '
             f'--workers (now {workers}, on {counted(os.cpu_count(), "core")}), or in a new run '
             f'{", ".join(later[:-1])} or {later[-1]}')
+
+@patch
+def _hours(self: Learner, rows: list[dict], left: float) -> str: # one line; empty: not long
+    "Return how long a run of more than an hour takes, when its first row shows it."
+    if len(rows) > 1 or left < 3600 or self.config.minutes: return ''
+    return (f'note: {left / 3600:.1f} hours are left at this pace; in a new run --minutes 60 fits '
+            'the epochs into an hour')
 
 # %% ../nbs/47_loop.ipynb #b0639ae7
 @patch
