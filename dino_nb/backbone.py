@@ -220,8 +220,8 @@ def network_dtype(network: nn.Module,  # with its weights in float32, or in floa
 
 # %% ../nbs/14_backbone.ipynb #14c0de02
 class SmallConvNet(nn.Module):
-    "Seven convolutions, for images from 16 to about 96 pixels."
-    widths, strides = (1, 2, 2, 4, 4, 8, 8), (1, 2, 1, 2, 1, 2, 1)
+    "Three convolutions, each of which halves the sides, for images from 16 to about 64 pixels."
+    widths = 2, 4, 8  # of each convolution's map, in eighths of the last one
 
     def __init__(self, embed_dim: int = 128): # width of the features, a multiple of 8
         super().__init__()
@@ -229,9 +229,9 @@ class SmallConvNet(nn.Module):
         if embed_dim % 8: raise ValueError(f'embed_dim is {embed_dim}; it must be a multiple of 8.')
         sizes = [3, *(width * embed_dim // 8 for width in self.widths)]
         self.blocks, self.num_features = nn.Sequential(*(
-            nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride, padding=1, bias=False),
+            nn.Sequential(nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False),
                           nn.BatchNorm2d(n_out), nn.ReLU(inplace=True))
-            for n_in, n_out, stride in zip(sizes, sizes[1:], self.strides))), embed_dim
+            for n_in, n_out in zip(sizes, sizes[1:]))), embed_dim
         self.to(memory_format=torch.channels_last)  # faster on CPUs
         self.recomputes = False
 

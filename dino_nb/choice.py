@@ -94,9 +94,11 @@ def fit_photographs(sizes: Sequence[tuple], # (height, width) of some images, at
     name = 'photos_gpu' if device == 'cuda' else 'tiny' if vit else 'photos_cpu'
     side = round(median(min(size) for size in sizes))
     chosen = CROPS[name][max(least for least in CROPS[name] if least <= side)]
-    reasons = dict.fromkeys(chosen, f'the shorter side of the images is {side} pixels')
+    reasons = dict.fromkeys(chosen, f'fits images whose shorter side is {side} pixels')
     if name == 'tiny': reasons = dict.fromkeys(chosen, 'the published one, for photographs')
-    if name == 'photos_cpu': reasons['backbone'] = 'convolutions learn fastest on a CPU'
+    if name == 'photos_cpu': reasons |= dict(
+        backbone='without CUDA a small conv net learns fastest; --recipe tiny is a ViT',
+        target='balanced within a batch by Sinkhorn-Knopp, which needs no center')
     height, width = map(max, zip(*sizes))
     small = 3 * n_images * height * width <= CACHED
     return name, chosen | dict(cache='device' if small else 'none'), reasons

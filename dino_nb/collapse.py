@@ -244,14 +244,14 @@ def _choices(n_images, batch_size, device_memory, epochs, n_views):
     why = f'{epochs or 0:g} as given'
     if epochs is None:
         epochs = min(max(100, -(-10_000 // steps)), 800)
-        why = 'at least 100 and at least 10,000 steps; at most 800'
+        why = 'from 100 to 800, for 10,000 steps or more'
     out_dim = 2 ** min(max(round(math.log2(n_images / 20)), 6), 16, int(math.log2(n_images)))
     keep = _wanted_half_life(batch_size, epochs * steps)
     large = n_images >= 1_000_000
     yield 'batch_size', batch_size, 'as given'
     yield 'epochs', epochs, f'{why}: {epochs * steps:.0f} steps'
     yield ('out_dim', out_dim,
-           'about 20 images for each; from 64 to 65536, and never more than images')
+           'about 20 images for each, but at least 64, at most 65536 and no more than images')
     yield 'warmup_epochs', epochs / 10, f'a tenth of the run: {epochs * steps / 10:.0f} steps'
     yield 'freeze_last_layer', min(1, epochs / 10), 'the published epoch, or a tenth of a short run'
     yield ('teacher_momentum', round(0.5 ** (1 / keep), 5),

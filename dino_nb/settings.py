@@ -225,7 +225,7 @@ def setting_docs() -> dict[str, dict[str, str]]: # topic -> setting -> explanati
     groups = {}
     for group in reversed(TrainConfig.__mro__[:-1]):
         docs, names = docments(group), group.__dict__.get('__annotations__', {})
-        topic = group.__doc__.rstrip('.')
+        topic = 'Recipe' if group is TrainConfig else group.__doc__.rstrip('.')
         groups[topic] = {name: ' '.join((docs[name] or '').split()) for name in names}
     return groups
 

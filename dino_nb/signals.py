@@ -23,7 +23,7 @@ class Stopped(SystemExit):
 
 class StopSignals:
     "Catch SIGTERM, SIGUSR1 and the first Ctrl-C while the context is open."
-    because = None  # why it was asked to stop, where a thread knows
+    because = None  # the signal's name, as soon as the thread of a Deadline hears of it
 
     def __init__(self, at_once: bool = False): # raise Stopped; False: only note it
         self.at_once, self.caught = at_once, None  # None, or the name of the signal that came
