@@ -163,7 +163,8 @@ def test_folders_that_cannot_be_written(odd, images, tmp_path):
 
 
 LATE = ['--embed-dim 97 --num-heads 3', '--batch-size 10000', '--batch-size 15 --accumulate 4',
-        '--accumulate 1000000', '--out-dim 100000000 --bottleneck-dim 100000', '--global-size 50',
+        '--accumulate 1000000', '--out-dim 100000000 --bottleneck-dim 100000',
+        '--global-size 50 --depth 1',
         '--embed-dim 100000 --num-heads 1 --depth 256', '--head-layers 100 --hidden-dim 100000',
         '--global-size 10000 --local-size 10000 --n-local 1000', '--loss mse --target sinkhorn',
         '--target sinkhorn --batch-size 1', '--use-bn --batch-size 1', '--head-layers 0',
