@@ -184,7 +184,7 @@ BAD = [('--data nowhere', 'nowhere'), ('--data empty', 'empty'), ('--data page.p
        ('--teacher-momentum 1.01', 'teacher_momentum'), ('--center-momentum -1', 'center_momentum'),
        ('--out taken', 'taken'), ('--out taken --overwrite', 'taken'),
        ('--probe nowhere', 'nowhere'),
-       ('--global-size 50', '50'), ('--local-scale 0.5 0.1', 'local_scale'),
+       ('--global-size 50 --patch-size 8', '50'), ('--local-scale 0.5 0.1', 'local_scale'),
        ('--n-local -1', 'n_local'), ('--device cuda', 'cuda'),
        ('--epochs inf', 'finite'), ('--out-dim 1', 'out_dim'),
        ('--target sinkhron', 'did you mean sinkhorn'), ('--local-scale 0 0', 'local_scale'),
