@@ -101,7 +101,8 @@ def fit_photographs(sizes: Sequence[tuple], # (height, width) of some images, at
         target='balanced within a batch by Sinkhorn-Knopp, which needs no center')
     height, width = map(max, zip(*sizes))
     small = 3 * n_images * height * width <= CACHED
-    return name, chosen | dict(cache='device' if small else 'none'), reasons
+    if name != 'tiny': chosen = chosen | dict(cache='device' if small else 'none')
+    return name, chosen, reasons
 
 # %% ../nbs/83_choice.ipynb #51df1273
 def names_recipe(typed: dict # what the user typed
