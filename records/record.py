@@ -1,7 +1,7 @@
 """Set a record: train by the one command of a folder, once per seed, and write down what came out.
 
-    python records/record.py cifar10_cpu_10min path/to/cifar10
-    python records/record.py cifar10_cpu_10min path/to/cifar10 --seeds 3 4 5
+    python records/record.py cifar10_cpu path/to/cifar10
+    python records/record.py cifar10_cpu path/to/cifar10 --seeds 3 4 5
 
 The clock runs from the start of each command to its end: imports, images, baselines, figures. Of
 every seed the last step counts. Logs go to the record's folder, a row of figures to
