@@ -21,6 +21,7 @@ class Stopped(SystemExit):
         super().__init__(0)
         self.why = why
 
+# %% ../nbs/37_signals.ipynb #37d0a1b2
 class StopSignals:
     "Catch SIGTERM, SIGUSR1 and the first Ctrl-C while the context is open."
     because = None  # the signal's name, as soon as the thread of a Deadline hears of it
