@@ -82,7 +82,8 @@ CROPS = dict(  # shorter side of a usual image, from which on: settings
     photos_gpu={0: dict(patch_size=4, global_size=32, local_size=16),
                 64: dict(patch_size=8, global_size=96, local_size=48),
                 160: dict(patch_size=16, global_size=224, local_size=96)},
-    tiny={0: dict(hue=ViewSettings.hue, warmup_teacher_temp=0.04, teacher_temp=0.04)})
+    tiny={0: {name: getattr(TrainConfig, name)
+              for name in ('hue', 'warmup_teacher_temp', 'teacher_temp')}})
 CACHED = 2**30  # bytes of images that are kept in memory without being asked for
 
 def fit_photographs(sizes: Sequence[tuple], # (height, width) of some images, at least one
@@ -93,7 +94,7 @@ def fit_photographs(sizes: Sequence[tuple], # (height, width) of some images, at
     "Return the recipe, and the crops, for photographs of some size."
     name = 'photos_gpu' if device == 'cuda' else 'tiny' if vit else 'photos_cpu'
     side = round(median(min(size) for size in sizes))
-    chosen = CROPS[name][max(least for least in CROPS[name] if least <= side)]
+    chosen = dict(CROPS[name][max(least for least in CROPS[name] if least <= side)])
     reasons = dict.fromkeys(chosen, f'fits images whose shorter side is {side} pixels')
     if name == 'tiny': reasons = dict.fromkeys(chosen, 'the published one, for photographs')
     if name == 'photos_cpu': reasons |= dict(
@@ -101,7 +102,7 @@ def fit_photographs(sizes: Sequence[tuple], # (height, width) of some images, at
         target='balanced within a batch by Sinkhorn-Knopp, which needs no center')
     height, width = map(max, zip(*sizes))
     small = 3 * n_images * height * width <= CACHED
-    if name != 'tiny': chosen = chosen | dict(cache='device' if small else 'none')
+    if name != 'tiny': chosen['cache'] = 'device' if small else 'none'
     return name, chosen, reasons
 
 # %% ../nbs/83_choice.ipynb #51df1273

@@ -13,7 +13,7 @@ from dino_nb.checkpoint import load_checkpoint
 
 WORDS = SMALL + ['--depth', '2', '--drop-path-rate', '0.2', '--checkpoint-steps', '5',
                  '--workers', '1', '--out', 'run']
-SEED, TIMES = 10, 4
+SEED, TIMES = 10, 6
 SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
 
 pytestmark = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='looks at /proc')
@@ -92,5 +92,6 @@ def test_a_full_disk_stops_nothing(images, job, whole, small_disk, tmp_path):
     status, out, err, _ = job.end(timeout=120)
     assert status == 0 and not err, err
     lines = [line for line in out.splitlines() if 'could not be written' in line]
-    assert all('No space left' in line for line in lines) and 'what was there is kept' in out
+    assert lines and all('No space left' in line for line in lines), out
+    assert 'what was there is kept' in out
     same_run(whole[0], folder)

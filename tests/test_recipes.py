@@ -129,7 +129,8 @@ def shrunk(name):
     patch = recipe.patch_size or 16
     life |= dict(n_local=2)
     vit = dict(embed_dim=48, depth=1, num_heads=3, global_size=2 * patch, local_size=patch)
-    conv = dict(backbone='resnet10t', global_size=32, local_size=16)
+    conv = dict(backbone='resnet10t' if name == 'resnet50' else recipe.backbone,
+                global_size=32, local_size=16)
     return life | HEAD | (vit if recipe.backbone.startswith('vit') else conv)
 
 
