@@ -284,11 +284,6 @@ def rate(stream, batch, args, n):
 
 # A record ------------------------------------------------------------------------------------
 
-CIFAR = dict(embed_dim=192, depth=6, num_heads=6, n_local=4, out_dim=4096, batch_size=256,
-             target='sinkhorn', use_bn=True, lr=2e-3, teacher_momentum=0.996,
-             teacher_momentum_end=1., teacher_temp=0.04, warmup_teacher_temp=0.04)
-
-
 def cifar(args):
     "Return the images to train on and to test on, in memory."
     if not args.cifar or not args.cifar.exists():
@@ -297,7 +292,7 @@ def cifar(args):
         with tarfile.open(args.cifar) as tar: tar.extractall(args.scratch/'cifar', filter='data')
         args.cifar = next((args.scratch/'cifar').glob('**/train')).parent
     found = find_splits(args.cifar)
-    for source in found: hold_images(source)
+    for source in found: hold_images(source, 0 if args.toy else 16)
     return found
 
 
@@ -313,9 +308,9 @@ def record(args):
     train, test = known['train'], known['test']
     if args.toy: train, test = (s.subset(torch.arange(0, len(s), 500)) for s in (train, test))
     def learn():
-        settings = CIFAR | dict(compile=not args.toy, knn_every=0, cache='device')
-        if args.toy: settings |= dict(embed_dim=48, depth=1, batch_size=16)
-        trial = Learner(make_config('cifar10', **settings), train, World(device=device))
+        settings = dict(knn_every=0)
+        if args.toy: settings |= dict(backbone='small_convnet', out_dim=64, batch_size=16)
+        trial = Learner(make_config('cifar10_gpu', **settings), train, World(device=device))
         for n, (views, _) in enumerate(islice(trial.views(), 2 if args.toy else 60)):
             if n == (1 if args.toy else 30): common.synchronize(device); begin = time.monotonic()
             train_step(trial, views)
@@ -325,7 +320,7 @@ def record(args):
         left = min(args.deadline - time.monotonic() - 15, 20 if args.toy else 1e9)
         n_steps = max(4, int(0.85 * left / seconds))
         epochs = n_steps / trial.steps_per_epoch
-        config = make_config('cifar10', **settings | dict(
+        config = make_config('cifar10_gpu', **settings | dict(
             epochs=epochs, warmup_epochs=0.1 * epochs, freeze_last_layer=0.05 * epochs,
             log_every=max(1, n_steps // 5)))
         run = Learner(config, train, World(device=device))

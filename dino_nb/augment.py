@@ -96,14 +96,23 @@ class ViewParams(NamedTuple):
 ROW = dict(area=10, ratio=10, place=2, flip=1, jitter=1, factors=4, order=4, gray=1, blur=1,
            sigma=1, solarize=1)  # uniform numbers of one view, by use
 
+def _scrambled(start, places):
+    "Return the numbers of SplitMix64 at some places, 64 bits each; all are uint64."
+    x = start + places * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in (30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB):
+        x = (x ^ x >> np.uint64(shift)) * np.uint64(factor)
+    return x ^ x >> np.uint64(31)
+
 def _uniforms(seed, epoch, indices, n_views):
     "Return for each use an array (B, V, n) of numbers uniform in [0, 1)."
     epochs = np.broadcast_to(epoch, len(indices)).tolist()
-    table, stream = torch.empty(len(indices), n_views, sum(ROW.values())), torch.Generator()
-    for row, e, i in zip(table, epochs, indices):
-        row.uniform_(generator=stream.manual_seed(stream_seed(int(seed), 'views', e, int(i))))
-    ends = np.cumsum(list(ROW.values()))[:-1]
-    return dict(zip(ROW, np.split(table.double().numpy(), ends, axis=-1)))
+    starts = {e: stream_seed(int(seed), 'views', e) for e in {*epochs}}
+    starts = np.array([starts[e] for e in epochs], dtype=np.uint64)
+    images = _scrambled(starts, np.asarray(indices, dtype=np.uint64))
+    places = np.arange(1, 1 + n_views * sum(ROW.values()), dtype=np.uint64)
+    bits = _scrambled(images[:, None], places) >> np.uint64(40)
+    table = (bits * 2.**-24).reshape(len(images), n_views, -1)
+    return dict(zip(ROW, np.split(table, np.cumsum(list(ROW.values()))[:-1], axis=-1)))
 
 # %% ../nbs/15_augment.ipynb #4a759eb1
 LARGEST_RATIO = 4 / 3  # of width to height, and of height to width

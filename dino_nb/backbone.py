@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resample_positions', 'DINOViT', 'reason_of', 'check_backbone', 'create_backbone', 'Tokens', 'backbone_tokens',
-           'set_fused_attention', 'convolves', 'network_dtype', 'SmallConvNet', 'small_convnet']
+           'set_fused_attention', 'convolves', 'network_dtype', 'SmallConvNet', 'small_convnet', 'resnet18_cifar']
 
 # %% ../nbs/14_backbone.ipynb #f3f88299
 import re
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models import checkpoint_seq, register_model
 from timm.models.eva import Eva
+from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
@@ -258,3 +259,14 @@ def small_convnet(pretrained: bool = False, num_classes: int = 0, embed_dim: int
                   pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None) -> SmallConvNet:
     "Return a SmallConvNet, as timm calls for it."
     return SmallConvNet(embed_dim)
+
+# %% ../nbs/14_backbone.ipynb #14c0de07
+@register_model
+def resnet18_cifar(pretrained: bool = False, pretrained_cfg=None, pretrained_cfg_overlay=None,
+                   cache_dir=None, **settings: object) -> ResNet:
+    "Return timm's ResNet-18 with the beginning that is usual for images of 32 pixels."
+    model = ResNet(BasicBlock, (2, 2, 2, 2), **settings)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    model.init_weights()
+    return model.to(memory_format=torch.channels_last)

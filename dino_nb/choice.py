@@ -79,6 +79,7 @@ def typed_settings(argv: list[str] | None = None # words of the command line; No
 # %% ../nbs/83_choice.ipynb #83b7d8e9
 CROPS = dict(  # shorter side of a usual image, from which on: settings
     photos_cpu={0: dict(global_size=32, local_size=16), 64: dict(global_size=64, local_size=32)},
+    cifar10_gpu={0: dict(global_size=32)},
     photos_gpu={0: dict(patch_size=4, global_size=32, local_size=16),
                 64: dict(patch_size=8, global_size=96, local_size=48),
                 160: dict(patch_size=16, global_size=224, local_size=96)},
@@ -92,13 +93,17 @@ def fit_photographs(sizes: Sequence[tuple], # (height, width) of some images, at
                     vit: bool = False # a ViT was asked for
                    ) -> tuple[str, dict, dict]: # recipe, settings, setting -> reason
     "Return the recipe, and the crops, for photographs of some size."
-    name = 'photos_gpu' if device == 'cuda' else 'tiny' if vit else 'photos_cpu'
     side = round(median(min(size) for size in sizes))
+    name = 'tiny' if vit else 'photos_cpu'
+    if device == 'cuda': name = 'cifar10_gpu' if side < 64 and not vit else 'photos_gpu'
     chosen = dict(CROPS[name][max(least for least in CROPS[name] if least <= side)])
     reasons = dict.fromkeys(chosen, f'fits images whose shorter side is {side} pixels')
     if name == 'tiny': reasons = dict.fromkeys(chosen, 'the published one, for photographs')
-    if name == 'photos_cpu': reasons |= dict(
-        backbone='without CUDA a small conv net learns fastest; --recipe tiny is a ViT',
+    networks = dict(
+        photos_cpu='without CUDA a small conv net learns fastest; --recipe tiny is a ViT',
+        cifar10_gpu='a conv net, for images this small; --recipe cifar10 is a ViT')
+    if name in networks: reasons |= dict(
+        backbone=networks[name],
         target='balanced within a batch by Sinkhorn-Knopp, which needs no center')
     height, width = map(max, zip(*sizes))
     small = 3 * n_images * height * width <= CACHED

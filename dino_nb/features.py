@@ -87,7 +87,7 @@ def _rows(compute, source, transform, cover, batch_size, n_workers, bad, doing):
     name = lambda rows: f'{source.name(rows[0])} and {len(rows) - 1} more'
     read, features = partial(_read, source, transform, cover), None
     doing = f'{doing} of {counted(len(source), "image")}, batches'
-    found = read_ahead(read, tasks, n_workers, name)
+    found = read_ahead(read, tasks, n_workers if source.images is None else 0, name)
     for rows, batch, unreadable in progress(found, len(tasks), doing):
         for i, reason in unreadable:
             if bad is None: raise BadImage(source.name(i), reason)

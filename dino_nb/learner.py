@@ -212,7 +212,7 @@ def views(self: Learner):
 @patch
 def _cached(self: Learner) -> tuple: # (N, 3, H, W) uint8 where the run computes, (N, 2) sizes
     "Return all images in one tensor; what cannot be read is recorded."
-    hold_images(self.source)
+    hold_images(self.source, count_workers(self.config.workers))
     images = self.source.images
     if images is not None:
         return images.to(self.device), torch.tensor(images.shape[-2:]).expand(len(images), 2)

@@ -37,8 +37,6 @@ from .shapes import Shapes
 from .views import MultiCrop, count_workers, show_views
 
 # %% ../nbs/75_report.ipynb #c8349829
-def _n_readers(bank, config): return 0 if bank.images is not None else count_workers(config.workers)
-
 def knn_top1(backbone: torch.nn.Module, # a network that turns images into features
              bank: ImageSource,   # labelled images to look neighbours up in
              test: ImageSource,   # labelled images to classify
@@ -47,7 +45,7 @@ def knn_top1(backbone: torch.nn.Module, # a network that turns images into featu
             ) -> dict[int, float]:  # k -> top-1 accuracy in [0, 1]; {}: there is none
     "Return the k-NN accuracy of a backbone's features."
     try: found = evaluate_knn(backbone, bank, test, config.global_size, config.eval_crop,
-                              world=world, n_workers=_n_readers(bank, config))
+                              world=world, n_workers=count_workers(config.workers))
     except (TooManyBadFiles, NotFinite) as error:
         if not config.probe and getattr(error, 'source', None) is bank: raise  # trained on, too
         say(world, f'note: no k-NN: {error}'); return {}
@@ -62,7 +60,7 @@ def baselines(bank: ImageSource,  # labelled images to look neighbours up in
     untrained = build_student(config).backbone.to(world.device)
     random_init = knn_top1(untrained, bank, test, config, world)
     if not random_init: return {}
-    pixels = pixel_knn(bank, test, ks=(20,), world=world, n_workers=_n_readers(bank, config))
+    pixels = pixel_knn(bank, test, ks=(20,), world=world, n_workers=count_workers(config.workers))
     return {'raw pixels': pixels[20].top1, 'random init': random_init[20]}
 
 # %% ../nbs/75_report.ipynb #aec96c5c

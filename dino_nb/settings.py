@@ -186,6 +186,10 @@ RECIPES['cifar10'] = RECIPES['tiny'] | dict(
 RECIPES['photos_cpu'] = RECIPES['cifar10'] | dict(
     backbone='small_convnet', embed_dim=128, patch_size=None, depth=None, num_heads=None,
     use_bn=True, target='sinkhorn', warmup_teacher_temp=0.025, teacher_temp=0.025, knn_every=4)
+RECIPES['cifar10_gpu'] = RECIPES['photos_cpu'] | dict(
+    backbone='resnet18_cifar', embed_dim=None, hidden_dim=2048, bottleneck_dim=256, out_dim=4096,
+    n_local=0, global_scale=(0.2, 1.), batch_size=512, lr=2.5e-3, teacher_momentum=0.98,
+    teacher_momentum_end=0.999, compile=False, epochs=100, warmup_epochs=5, knn_every=10)
 
 # %% ../nbs/40_settings.ipynb #7e30fc16
 VIT_SETTINGS = 'patch_size', 'embed_dim', 'depth', 'num_heads'

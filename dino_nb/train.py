@@ -39,7 +39,7 @@ from .run import check_folder, check_memory, claim, open_data, resume, try_netwo
 from .settings import make_config
 from .split import whole_weights
 from .stop import quiet_if_others_die, sentences, stoppable
-from .views import check_cache, hold_images, some_sizes
+from .views import check_cache, count_workers, hold_images, some_sizes
 
 # %% ../nbs/90_train.ipynb #b30aa2d7
 def check_device(name: str): # auto, cpu, cuda or mps
@@ -95,10 +95,17 @@ def train(run: Learner,             # a new run
             resume(run, folder)
         return _train(run, bank, test, folder)
 
+def _hold(run, bank, test):
+    "Keep the images in memory, and those of k-NN if they are as even as those."
+    n_workers = count_workers(run.config.workers)
+    hold_images(run.source, n_workers)
+    if run.config.probe or run.source.images is None: return
+    for source in filter(None, (bank, test)): hold_images(source, n_workers)
+
 def _train(run, bank, test, folder):
     "Train, evaluate and draw in a folder that is this run's."
     config, tell = run.config, partial(say, run.world)
-    if config.cache == 'device': hold_images(run.source)
+    if config.cache == 'device': _hold(run, bank, test)
     levels = baselines(bank, test, config, run.world) if bank else {}
     if levels:
         tell('20-NN before training:', ', '.join(f'{n} {v:.1%}' for n, v in levels.items()))

@@ -9,6 +9,7 @@ __all__ = ['ViewBatch', 'MultiCrop', 'collate_views', 'to_views', 'count_workers
 # %% ../nbs/34_views.ipynb #4a716445
 import os
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
@@ -133,23 +134,30 @@ def check_cache(source: Dataset,      # source[i] is a uint8 image (3, H, W), or
 
 def cache_images(source: Dataset,      # source[i] is a uint8 image (3, H, W), or raises BadImage
                  device: torch.device, # where they are wanted
-                 limit: float = default_of(check_cache, 'limit') # as for check_cache
+                 limit: float = default_of(check_cache, 'limit'), # as for check_cache
+                 n_workers: int = 0    # processes that read; 0: this one
                 ) -> tuple:            # images (N, 3, H, W) uint8, sizes (N, 2), bad files
     "Return all images of a source in one tensor, with zeros right of and below the smaller ones."
     check_cache(source, device, limit)
-    reader, n = MultiCrop(source, ViewSettings()), len(source)
-    found, bad = zip(*(reader.read(i) for i in progress(range(n), n, 'images read into memory')))
+    reader, n, found, bad = MultiCrop(source, ViewSettings()), len(source), [], []
+    def _several(rows): return [reader.read(i) for i in rows]
+    def _name(rows): return f'{source.name(rows[0])} and {len(rows) - 1} more'
+    parts = read_ahead(_several, (range(n)[i:i + 64] for i in range(0, n, 64)), n_workers, _name)
+    for image, unread in progress(chain.from_iterable(parts), n, 'images read into memory'):
+        found.append(image.clone() if n_workers else image); bad += unread
     sizes = torch.tensor([image.shape[1:] for image in found])
     _check_fits(n, *sizes.amax(0).tolist(), device, limit)   # now that all sizes are known
     images = torch.zeros(n, 3, *sizes.amax(0), dtype=torch.uint8)
     for row, image in zip(images, found): row[:, :image.shape[1], :image.shape[2]] = image
-    return images.to(device), sizes, list(dict.fromkeys(sum(bad, [])))
+    return images.to(device), sizes, list(dict.fromkeys(bad))
 
 # %% ../nbs/34_views.ipynb #34c0de02
-def hold_images(source: ImageSource): # N images
+def hold_images(source: ImageSource, # N images
+                n_workers: int = 0): # processes that read; 0: this one
     "Read all images of a source into memory, once; those of one size stay in the place of files."
     if source.images is not None or source.cached: return
-    source.cached = images, sizes, bad = cache_images(source, torch.device('cpu'))
+    source.cached = images, sizes, bad = cache_images(source, torch.device('cpu'),
+                                                        n_workers=n_workers)
     if not bad and (sizes == sizes[0]).all(): source.items = images
 
 # %% ../nbs/34_views.ipynb #5062010b

@@ -127,10 +127,10 @@ def shrunk(name):
     life = LIFE | dict(warmup_teacher_temp=recipe.warmup_teacher_temp)
     if not recipe.warmup_teacher_temp_epochs: life['warmup_teacher_temp_epochs'] = 0
     patch = recipe.patch_size or 16
-    life |= dict(n_local=2)
+    life |= dict(n_local=min(2, recipe.n_local))
     vit = dict(embed_dim=48, depth=1, num_heads=3, global_size=2 * patch, local_size=patch)
-    conv = dict(backbone='resnet10t' if name == 'resnet50' else recipe.backbone,
-                global_size=32, local_size=16)
+    small = dict(resnet50='resnet10t', cifar10_gpu='test_resnet')
+    conv = dict(backbone=small.get(name, recipe.backbone), global_size=32, local_size=16)
     return life | HEAD | (vit if recipe.backbone.startswith('vit') else conv)
 
 
@@ -149,14 +149,16 @@ def words(settings):
 def test_a_shipped_recipe_ends_with_its_results(name, images, tmp_path):
     settings = shrunk(name) | dict(epochs=1.5, batch_size=16, workers=0)
     settings['warmup_teacher_temp_epochs'] = min(1.5, settings['warmup_teacher_temp_epochs'])
-    if name == 'resnet50': settings |= dict(backbone=name, n_local=1)
+    settings['backbone'] = RECIPES[name].get('backbone', TrainConfig.backbone)
+    if name == 'resnet50': settings['n_local'] = 1
+    if name == 'cifar10_gpu': settings['global_size'] = 16
     main(['--recipe', name, '--data', str(images), '--out', str(tmp_path/'run'), *words(settings)])
     summary = json.loads((tmp_path/'run'/'summary.json').read_text())
     assert summary['steps'] == 8 and summary['skipped'] == 0
     assert set(summary['knn_teacher']) == {'10', '20', '100', '200'}
     figures = {path.name for path in (tmp_path/'run').glob('*.png')}
-    attention = set() if name in ('resnet50', 'photos_cpu') else {'attention.png'}
-    assert figures == {'views.png', 'curves.png'} | attention
+    vit = TrainConfig(**RECIPES[name]).backbone.startswith('vit')
+    assert figures == {'views.png', 'curves.png'} | ({'attention.png'} if vit else set())
 
 
 REFUSED = [
