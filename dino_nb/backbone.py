@@ -83,7 +83,7 @@ def _check_image_size(patch_embed: PatchEmbed, inputs: tuple):
         f'it was made for, {made_for}.')
 
 def _adapt(model: nn.Module, name: str) -> nn.Module:
-    "Start the class token as published, guard the image size, and note the width."
+    "Start the class token as published, guard the image size, note the width and the name."
     patch_embed = next((m for m in model.modules() if isinstance(m, PatchEmbed)), None)
     if patch_embed is not None:
         for side, p in zip(patch_embed.img_size or (), patch_embed.patch_size):
@@ -93,6 +93,7 @@ def _adapt(model: nn.Module, name: str) -> nn.Module:
     if isinstance(model, VisionTransformer) and model.cls_token is not None:
         nn.init.trunc_normal_(model.cls_token, std=0.02)
     model.embed_dim = getattr(model, 'head_hidden_size', model.num_features)
+    model.architecture = name
     return model
 
 # %% ../nbs/14_backbone.ipynb #9bc6578b

@@ -28,8 +28,8 @@ from .dist import (StepSampler, World, all_mean, all_mean_later, norm_statistics
 from .head import DINOHead, Predictor
 from .loss import DINOLoss
 from .multicrop import MultiCropWrapper, check_parts, split_views
-from .optim import (apply_schedule, clip_gradients, freeze_last_layer, make_optimizer,
-                           param_groups, step_if_finite)
+from .optim import (apply_schedule, clip_gradients, freeze_last_layer, lr_shares,
+                           make_optimizer, param_groups, step_if_finite)
 from .schedules import Schedules, make_schedules
 from .settings import TrainConfig, backbone_settings, config_record
 from .shards import epoch_order
@@ -99,7 +99,7 @@ def train_step(run: 'Learner',            # models, loss, optimizer and schedule
               ) -> dict:                  # measured numbers (0-d tensors); empty if not asked for
     "Take one step of DINO and return what was measured (Algorithm 1, with multi-crop)."
     config, now = run.config, run.schedules.at(run.step)
-    apply_schedule(run.optimizer, now['lr'], now['weight_decay'])
+    apply_schedule(run.optimizer, now['lr'], now['weight_decay'], run.thaw)
     torch.manual_seed(run.step_seed())                     # drop path draws from here
 
     if run.replays: torch.compiler.cudagraph_mark_step_begin()
@@ -141,7 +141,8 @@ class Learner:
             config.out_dim, config.student_temp, config.center_momentum, config.target,
             config.loss, config.loss_chunks)).to(self.device)
         self.teacher_rule = TeacherRule(config.teacher_rule)
-        self.optimizer = make_optimizer(config.optimizer, param_groups(self.student))
+        self.optimizer = make_optimizer(config.optimizer, param_groups(
+            self.student, self._shares()))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.sampler = StepSampler(len(source), config.batch_size, config.seed, world,
                                    epochs=config.epochs,
@@ -154,6 +155,7 @@ class Learner:
         self.doctor = CollapseDoctor(warmup_steps=max(default_of(CollapseDoctor, 'warmup_steps'),
                                                       warmup_steps))
         self.verdict, self.lock, self.took_leave = None, None, False  # farewell said?
+        self.origin = None  # a backbone whose weights it began with
 
     @property
     def is_split(self) -> bool: # False where there is one process
@@ -185,6 +187,12 @@ def _distribute(self: Learner) -> nn.Module:
     with warnings.catch_warnings():  # a newer torch has another name for this argument
         warnings.simplefilter('ignore', FutureWarning)
         return DistributedDataParallel(self.student, broadcast_buffers=False)
+
+@patch
+def _shares(self: Learner) -> dict:
+    "Shares of the learning rate for a backbone that was trained before."
+    if not self.config.init: return {}
+    return lr_shares(self.student.backbone, self.config.backbone_lr, self.config.layer_decay)
 
 # %% ../nbs/46_learner.ipynb #46b0a004
 @patch(as_prop=True)
@@ -219,6 +227,12 @@ def _cached(self: Learner) -> tuple: # (N, 3, H, W) uint8 where the run computes
     images, sizes, bad = self.source.cached
     for index, reason in bad: self.bad_files.record(index, reason)
     return images.to(self.device), sizes
+
+@patch(as_prop=True)
+def thaw(self: Learner) -> float: # 0 while weights from elsewhere stay, then up to 1
+    "Return how much of its learning rate a backbone that was trained before gets."
+    still = self.config.freeze_backbone * self.n_steps
+    return min(1., max(0., (self.step - still) / still)) if still else 1.
 
 # %% ../nbs/46_learner.ipynb #d8518340
 @patch

@@ -47,6 +47,7 @@ class DataSettings:
 class ModelSettings:
     "Backbone and head."
     backbone: str = _backbone('name')  # any timm model
+    init: str = ''                 # weights to begin with: run, file, name of timm, id of a hub
     patch_size: int | None = None  # pixels; None: the architecture's own, as for the next three
     embed_dim: int | None = None   # width of the tokens
     depth: int | None = None       # transformer blocks
@@ -92,6 +93,10 @@ class OptimSettings:
     weight_decay_end: float = _schedule('weight_decay_end')  # at the end
     clip_grad: float = 3.0         # largest gradient norm of each parameter; 0: no clipping
     freeze_last_layer: float = 1.  # epochs in which the last layer stays as it is
+    freeze_backbone: float = 0.1   # with init: share of the run in which its weights stay
+    backbone_lr: float = 0.1       # with init: share of lr that its last block learns with
+    layer_decay: float = 0.75      # with init: factor of that from block to block, to the image
+    guard: float = 2.              # with init: points of 20-NN it may lose; 0: any
 
 # %% ../nbs/40_settings.ipynb #d620be90
 @dataclass(kw_only=True)
@@ -126,6 +131,7 @@ RANGES = dict(
     teacher_momentum_end=(0, 1), center_momentum=(0, 1), epochs=(1e-9, 10**6), minutes=(0, 10**5),
     **dict.fromkeys(DURATIONS[1:], (0, 10**6)), lr=_RATE, min_lr=_RATE, weight_decay=_RATE,
     weight_decay_end=_RATE, clip_grad=_REST, log_every=(1, 10**9), knn_every=_REST,
+    freeze_backbone=(0, 0.5), backbone_lr=(0, 1), layer_decay=(0.01, 1), guard=(0, 100),
     checkpoint_minutes=_REST, checkpoint_steps=_REST, eval_crop=(0.1, 1))
 CHOICES = dict(pos_embed_rule=('published', 'timm'), optimizer=('adamw', 'sgd', 'lars'),
                teacher_rule=RULES, target=TARGETS, loss=KINDS,
@@ -155,6 +161,8 @@ class TrainConfig(RunSettings, OptimSettings, TeacherSettings, ModelSettings, Vi
         check_range('head_layers', self.head_layers, 1 if self.l2_bottleneck else 0, 100)
         if self.fsdp and self.optimizer != 'adamw':
             raise ValueError(f'fsdp does not work with {self.optimizer}; use optimizer adamw.')
+        if self.fsdp and self.init:
+            raise ValueError('fsdp does not work with init; leave fsdp out.')
         for name in DURATIONS[1:]:
             if getattr(self, name) > self.epochs:
                 raise ValueError(f'epochs is {self.epochs:g}, less than {name}, which is '

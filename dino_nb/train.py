@@ -26,11 +26,13 @@ from pathlib import Path
 
 import torch
 
+from .checkpoint import save_checkpoint
 from .choice import choose_settings, names_recipe, of_length, typed_settings
 from .core import progress
 from .data import ImageSource
 from .decode import TooManyBadFiles
 from .dist import close_dist, env_number, init_dist, on_rank0
+from .init import Guard, begin_with, with_weights
 from .length import fit_to_minutes, known_length, settings_of, take_up
 from .loop import Learner
 from .report import (announce, baselines, knn_top1, publish, read_summary, result_lines,
@@ -40,6 +42,7 @@ from .settings import make_config
 from .split import whole_weights
 from .stop import quiet_if_others_die, sentences, stoppable
 from .views import check_cache, count_workers, hold_images, some_sizes
+from .weights import load_backbone
 
 # %% ../nbs/90_train.ipynb #b30aa2d7
 def check_device(name: str): # auto, cpu, cuda or mps
@@ -52,12 +55,20 @@ def check_device(name: str): # auto, cpu, cuda or mps
 # %% ../nbs/90_train.ipynb #84beb6d3
 RESTARTS = 'TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'  # above 0 in later attempts
 
+def _weights(typed, world):
+    "The backbone that a run shall begin with."
+    return load_backbone(typed['init'], architecture=typed.get('backbone'),
+                         num_heads=typed.get('num_heads'), report=partial(say, world))
+
 def prepare(argv: list[str] | None # words of the command line; None: sys.argv
            ) -> tuple:             # run, bank, test, folder, reasons of what was chosen
     "Read the settings, open the images and build the run; write nothing."
     typed = typed_settings(argv)
     if typed.get('minutes') and 'epochs' in typed:
         raise ValueError('minutes and epochs are both given; give one of them.')
+    if typed.get('continue_from') and typed.get('init'):
+        raise ValueError('continue_from and init are both given; give one of them.')
+    init = typed.get('init')
     if typed.get('continue_from'): typed = settings_of(typed['continue_from']) | typed
     if any(env_number(name, 0) for name in RESTARTS): typed.pop('overwrite', None)
     opening = 'data', 'probe', 'device', 'decode', 'value_range'
@@ -66,6 +77,8 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     check_device(first.device)
     world = init_dist(None if first.device == 'auto' else first.device)
     progress.speaks = world.is_main
+    origin = _weights(typed, world) if init else None
+    if init: typed = with_weights(typed, origin)
     train, bank, test = open_data(first)
     fit = len(train), [] if names_recipe(typed) else on_rank0(some_sizes, train), world
     config, reasons = choose_settings(typed, *fit)
@@ -80,6 +93,8 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
         config, reasons = of_length(config, length, typed, *fit)
     run = Learner(config, train, world)
     take_up(run, folder)
+    run.origin = origin
+    if init: begin_with(run, folder)
     return run, bank, test, folder, reasons
 
 # %% ../nbs/90_train.ipynb #d7fdce8e
@@ -107,18 +122,26 @@ def _train(run, bank, test, folder):
     config, tell = run.config, partial(say, run.world)
     if config.cache == 'device': _hold(run, bank, test)
     levels = baselines(bank, test, config, run.world) if bank else {}
+    def _knn(network): return knn_top1(network, bank, test, config, run.world)
+    guard = None
+    if levels and run.origin is not None:
+        levels['as loaded'] = _knn(run.origin.to(run.device))[20]
+        if config.guard: guard = Guard(run, folder, levels['as loaded'], tell)
     if levels:
         tell('20-NN before training:', ', '.join(f'{n} {v:.1%}' for n, v in levels.items()))
 
     def _evaluate(run):
         if not levels: return {}
         with whole_weights(run.teacher):
-            found = knn_top1(run.teacher.backbone, bank, test, config, run.world)
+            found = _knn(run.teacher.backbone)
+        if found and guard: guard.watch(found[20])
         return dict(knn_teacher=found[20]) if found else {}
 
     rows = run.fit(folder, _evaluate, report=tell)
     if run.stopped: return {}
     with whole_weights(run.teacher, run.student):
+        if guard and guard.end(_knn(run.teacher.backbone)[20]) and run.world.is_main:
+            save_checkpoint(folder/'checkpoint.pt', run.state())
         summary = summarize(run, bank, test, levels)
         if run.world.is_main: publish(run, rows, summary, folder)
     return summary
