@@ -54,7 +54,8 @@ def with_weights(typed: dict,        # what the user typed, init among it
     for name, value in brought.items():
         free = name in ('global_size', 'local_size') or name not in typed
         if not free and typed[name] != value: raise ValueError(
-            f'{name} is {shown(typed[name])}, but init, {source}, has {shown(value)}; leave it out.')
+            f'{name} is {shown(typed[name])}, but init, {source}, has {shown(value)}; '
+            'leave it out.')
     settings = vars(TrainConfig()) | brought
     with torch.device('meta'): like = create_backbone(**backbone_settings(settings))
     if _shapes(like) != _shapes(backbone): raise ValueError(

@@ -28,8 +28,8 @@ from .dist import (StepSampler, World, all_mean, all_mean_later, norm_statistics
 from .head import DINOHead, Predictor
 from .loss import DINOLoss
 from .multicrop import MultiCropWrapper, check_parts, split_views
-from .optim import (apply_schedule, clip_gradients, freeze_last_layer, lr_shares,
-                           make_optimizer, param_groups, step_if_finite)
+from .optim import (apply_schedule, clip_gradients, freeze_last_layer, make_optimizer,
+                           step_if_finite, student_groups)
 from .schedules import Schedules, make_schedules
 from .settings import TrainConfig, backbone_settings, config_record
 from .shards import epoch_order
@@ -141,8 +141,7 @@ class Learner:
             config.out_dim, config.student_temp, config.center_momentum, config.target,
             config.loss, config.loss_chunks)).to(self.device)
         self.teacher_rule = TeacherRule(config.teacher_rule)
-        self.optimizer = make_optimizer(config.optimizer, param_groups(
-            self.student, self._shares()))
+        self.optimizer = make_optimizer(config.optimizer, student_groups(self.student, config))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.sampler = StepSampler(len(source), config.batch_size, config.seed, world,
                                    epochs=config.epochs,
@@ -154,8 +153,7 @@ class Learner:
         warmup_steps = round(config.warmup_epochs * self.steps_per_epoch)
         self.doctor = CollapseDoctor(warmup_steps=max(default_of(CollapseDoctor, 'warmup_steps'),
                                                       warmup_steps))
-        self.verdict, self.lock, self.took_leave = None, None, False  # farewell said?
-        self.origin = None  # a backbone whose weights it began with
+        self.verdict, self.lock, self.took_leave, self.origin = None, None, False, None
 
     @property
     def is_split(self) -> bool: # False where there is one process
@@ -187,12 +185,6 @@ def _distribute(self: Learner) -> nn.Module:
     with warnings.catch_warnings():  # a newer torch has another name for this argument
         warnings.simplefilter('ignore', FutureWarning)
         return DistributedDataParallel(self.student, broadcast_buffers=False)
-
-@patch
-def _shares(self: Learner) -> dict:
-    "Shares of the learning rate for a backbone that was trained before."
-    if not self.config.init: return {}
-    return lr_shares(self.student.backbone, self.config.backbone_lr, self.config.layer_decay)
 
 # %% ../nbs/46_learner.ipynb #46b0a004
 @patch(as_prop=True)

@@ -52,25 +52,30 @@ def check_device(name: str): # auto, cpu, cuda or mps
         raise ValueError(f'device is {name}, but torch finds none on this machine; '
                          'auto takes the best there is.')
 
-# %% ../nbs/90_train.ipynb #84beb6d3
+# %% ../nbs/90_train.ipynb #90a0c1d2
 RESTARTS = 'TORCHELASTIC_RESTART_COUNT', 'SLURM_RESTART_COUNT'  # above 0 in later attempts
+
+def _typed(argv) -> tuple:
+    "Settings as they were typed, over those of a run that is continued; weights to begin with."
+    typed = typed_settings(argv)
+    init, old = typed.get('init'), typed.get('continue_from')
+    for one, other in ('minutes', 'epochs'), ('continue_from', 'init'):
+        if typed.get(one) and other in typed:
+            raise ValueError(f'{one} and {other} are both given; give one of them.')
+    if old: typed = settings_of(old) | typed
+    if any(env_number(name, 0) for name in RESTARTS): typed.pop('overwrite', None)
+    return typed, init
 
 def _weights(typed, world):
     "The backbone that a run shall begin with."
     return load_backbone(typed['init'], architecture=typed.get('backbone'),
                          num_heads=typed.get('num_heads'), report=partial(say, world))
 
+# %% ../nbs/90_train.ipynb #84beb6d3
 def prepare(argv: list[str] | None # words of the command line; None: sys.argv
            ) -> tuple:             # run, bank, test, folder, reasons of what was chosen
     "Read the settings, open the images and build the run; write nothing."
-    typed = typed_settings(argv)
-    if typed.get('minutes') and 'epochs' in typed:
-        raise ValueError('minutes and epochs are both given; give one of them.')
-    if typed.get('continue_from') and typed.get('init'):
-        raise ValueError('continue_from and init are both given; give one of them.')
-    init = typed.get('init')
-    if typed.get('continue_from'): typed = settings_of(typed['continue_from']) | typed
-    if any(env_number(name, 0) for name in RESTARTS): typed.pop('overwrite', None)
+    typed, init = _typed(argv)
     opening = 'data', 'probe', 'device', 'decode', 'value_range'
     first = make_config(**(typed if names_recipe(typed) else
                            {name: typed[name] for name in opening if name in typed}))
@@ -97,6 +102,29 @@ def prepare(argv: list[str] | None # words of the command line; None: sys.argv
     if init: begin_with(run, folder)
     return run, bank, test, folder, reasons
 
+# %% ../nbs/90_train.ipynb #90a0c1d3
+def _hold(run, bank, test):
+    "Keep the images in memory, and those of k-NN if they are as even as those."
+    n_workers = count_workers(run.config.workers)
+    hold_images(run.source, n_workers)
+    if run.config.probe or run.source.images is None: return
+    for source in filter(None, (bank, test)): hold_images(source, n_workers)
+
+def _levels(run, bank, test):
+    "The 20-NN accuracies that a run has to beat, which are said."
+    levels = baselines(bank, test, run.config, run.world) if bank else {}
+    if levels and run.origin is not None:
+        found = knn_top1(run.origin.to(run.device), bank, test, run.config, run.world)
+        if found: levels['as loaded'] = found[20]
+    said = ', '.join(f'{name} {level:.1%}' for name, level in levels.items())
+    if levels: say(run.world, '20-NN before training:', said)
+    return levels
+
+def _guard(run, levels, folder, tell):
+    "Who watches over a run that began with weights, if its images have labels."
+    if not run.config.guard or 'as loaded' not in levels: return None
+    return Guard(run, folder, levels['as loaded'], tell)
+
 # %% ../nbs/90_train.ipynb #d7fdce8e
 def train(run: Learner,             # a new run
           bank: ImageSource | None, # labelled images; None: no k-NN
@@ -110,25 +138,13 @@ def train(run: Learner,             # a new run
             resume(run, folder)
         return _train(run, bank, test, folder)
 
-def _hold(run, bank, test):
-    "Keep the images in memory, and those of k-NN if they are as even as those."
-    n_workers = count_workers(run.config.workers)
-    hold_images(run.source, n_workers)
-    if run.config.probe or run.source.images is None: return
-    for source in filter(None, (bank, test)): hold_images(source, n_workers)
-
 def _train(run, bank, test, folder):
     "Train, evaluate and draw in a folder that is this run's."
     config, tell = run.config, partial(say, run.world)
     if config.cache == 'device': _hold(run, bank, test)
-    levels = baselines(bank, test, config, run.world) if bank else {}
+    levels = _levels(run, bank, test)
+    guard = _guard(run, levels, folder, tell)
     def _knn(network): return knn_top1(network, bank, test, config, run.world)
-    guard = None
-    if levels and run.origin is not None:
-        levels['as loaded'] = _knn(run.origin.to(run.device))[20]
-        if config.guard: guard = Guard(run, folder, levels['as loaded'], tell)
-    if levels:
-        tell('20-NN before training:', ', '.join(f'{n} {v:.1%}' for n, v in levels.items()))
 
     def _evaluate(run):
         if not levels: return {}
@@ -140,7 +156,8 @@ def _train(run, bank, test, folder):
     rows = run.fit(folder, _evaluate, report=tell)
     if run.stopped: return {}
     with whole_weights(run.teacher, run.student):
-        if guard and guard.end(_knn(run.teacher.backbone)[20]) and run.world.is_main:
+        found = _knn(run.teacher.backbone) if guard else {}
+        if found and guard.end(found[20]) and run.world.is_main:
             save_checkpoint(folder/'checkpoint.pt', run.state())
         summary = summarize(run, bank, test, levels)
         if run.world.is_main: publish(run, rows, summary, folder)
