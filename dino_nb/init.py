@@ -6,6 +6,7 @@
 __all__ = ['weights_settings', 'with_weights', 'give_weights', 'estimate_center', 'begin_with', 'Guard']
 
 # %% ../nbs/84_init.ipynb #84a00003
+import warnings
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -16,9 +17,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .backbone import create_backbone, resample_positions
-from .checkpoint import load_checkpoint, save_checkpoint
-from .core import autocast, shown
-from .dist import all_mean, on_rank0
+from .checkpoint import (BadCheckpoint, FellBack, check_like, load_checkpoint,
+                                save_checkpoint)
+from .core import autocast, check_range, shown
+from .dist import all_mean
 from .features import evaluation_mode
 from .learner import Learner
 from .settings import TrainConfig, backbone_settings
@@ -27,8 +29,9 @@ from .split import split_like
 
 # %% ../nbs/84_init.ipynb #84a00006
 def _sizes(backbone: nn.Module) -> dict:
-    "The sizes of views that a ViT was made for, and local ones in the published proportion."
-    side, patch = backbone.patch_embed.img_size[0], backbone.patch_embed.patch_size[0]
+    "The size that a ViT was made for, 224 at most, and local views in the published proportion."
+    patch = backbone.patch_embed.patch_size[0]
+    side = min(224, *backbone.patch_embed.img_size) // patch * patch
     return dict(global_size=side, local_size=max(1, round(side * 96 / 224 / patch)) * patch)
 
 def weights_settings(backbone: nn.Module # from load_backbone
@@ -56,11 +59,12 @@ def with_weights(typed: dict,        # what the user typed, init among it
         if not free and typed[name] != value: raise ValueError(
             f'{name} is {shown(typed[name])}, but init, {source}, has {shown(value)}; '
             'leave it out.')
-    settings = vars(TrainConfig()) | brought
-    with torch.device('meta'): like = create_backbone(**backbone_settings(settings))
+    settings = backbone_settings(vars(TrainConfig()) | brought)
+    if hasattr(backbone, 'patch_embed'): settings['img_size'] = backbone.patch_embed.img_size
+    with torch.device('meta'): like = create_backbone(**settings)
     if _shapes(like) != _shapes(backbone): raise ValueError(
         f'init is {source}, whose network has parts that no setting names, such as registers; '
-        'load_backbone opens it, and train_step trains it in Python.')
+        'if timm has this network, give its name with backbone.')
     return brought | typed
 
 # %% ../nbs/84_init.ipynb #84a0000c
@@ -99,6 +103,16 @@ def begin_with(run: Learner, # a new run, whose origin has the weights of its se
     give_weights(run, run.origin)
     if run.config.target == 'center': estimate_center(run)
 
+# %% ../nbs/84_init.ipynb #84b00001
+def _kept_before(step: int, path: Path, weights: dict) -> dict | None:
+    "What a run had kept before a step; the file before the last one is looked at, too."
+    def _check(state):
+        check_like(state, dict(step=0, knn=0., weights=weights), 'kept')
+        check_range('step', state['step'], 0, step)
+    if not step or not path.exists(): return None
+    with warnings.catch_warnings(action='ignore', category=FellBack):
+        return load_checkpoint(path, check=_check)
+
 # %% ../nbs/84_init.ipynb #84a00014
 class Guard:
     "Keeps the best backbone of a run that began with weights, by k-NN, and gives it back."
@@ -111,10 +125,10 @@ class Guard:
         self.start, self.best, self.step = start, start, 0
         weights = run.origin.state_dict()
         self.weights = _fitting(weights, run.teacher.backbone, run.origin)
-        if not self.path.exists(): return
-        kept = load_checkpoint(self.path)
-        if kept['step'] <= run.step: self.best, self.step, self.weights = (
-            kept['knn'], kept['step'], kept['weights'])
+        try: kept = _kept_before(run.step, self.path, self.weights)
+        except BadCheckpoint as error: report(f'note: guard: {error} The best is the start again.')
+        else:
+            if kept: self.step, self.best, self.weights = kept.values()
 
     def watch(self, knn: float): # of the teacher now, the same in all processes
         "Keep the backbone if it is the best one, take the run back if it fell too far."

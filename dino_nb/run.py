@@ -82,7 +82,8 @@ def open_data(config: TrainConfig # settings of a run
 # %% ../nbs/80_run.ipynb #4b13fc25
 FILES = ('config.json', 'log.jsonl', 'summary.json', 'checkpoint.pt', 'checkpoint_last_good.pt',
          'checkpoint_damaged.pt', 'log_damaged.jsonl', 'bad_files.txt', 'bad_steps.json',
-         'views.png', 'curves.png', 'attention.png')
+         'backbone_best.pt', 'backbone_best_last_good.pt', 'views.png', 'curves.png',
+         'attention.png')
 LEFTOVERS = (LOCK, *(f'{name}.tmp' for name in FILES))  # of a run that was killed
 
 def run_folder(config: TrainConfig # settings of a run

@@ -115,6 +115,7 @@ def _levels(run, bank, test):
     levels = baselines(bank, test, run.config, run.world) if bank else {}
     if levels and run.origin is not None:
         found = knn_top1(run.origin.to(run.device), bank, test, run.config, run.world)
+        run.origin.cpu()
         if found: levels['as loaded'] = found[20]
     said = ', '.join(f'{name} {level:.1%}' for name, level in levels.items())
     if levels: say(run.world, '20-NN before training:', said)
@@ -144,22 +145,21 @@ def _train(run, bank, test, folder):
     if config.cache == 'device': _hold(run, bank, test)
     levels = _levels(run, bank, test)
     guard = _guard(run, levels, folder, tell)
-    def _knn(network): return knn_top1(network, bank, test, config, run.world)
 
     def _evaluate(run):
         if not levels: return {}
         with whole_weights(run.teacher):
-            found = _knn(run.teacher.backbone)
+            found = knn_top1(run.teacher.backbone, bank, test, config, run.world)
         if found and guard: guard.watch(found[20])
         return dict(knn_teacher=found[20]) if found else {}
 
     rows = run.fit(folder, _evaluate, report=tell)
     if run.stopped: return {}
     with whole_weights(run.teacher, run.student):
-        found = _knn(run.teacher.backbone) if guard else {}
-        if found and guard.end(found[20]) and run.world.is_main:
-            save_checkpoint(folder/'checkpoint.pt', run.state())
         summary = summarize(run, bank, test, levels)
+        if guard and 'knn_teacher' in summary and guard.end(summary['knn_teacher'][20]):
+            if run.world.is_main: save_checkpoint(folder/'checkpoint.pt', run.state())
+            summary = summarize(run, bank, test, levels)
         if run.world.is_main: publish(run, rows, summary, folder)
     return summary
 

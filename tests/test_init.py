@@ -1,8 +1,11 @@
 "Runs that begin with weights from elsewhere, as they are typed."
 import json
+import os
+import signal
 
 import pytest
 import torch
+from processes import same_run
 
 from dino_nb.backbone import create_backbone
 from dino_nb.checkpoint import load_checkpoint
@@ -40,7 +43,7 @@ def test_a_run_begins_with_weights_and_leaves_them_slowly(source, images, tmp_pa
             assert torch.equal(value, weights[name]), f'{name} of the {part} moved'
     main(words(source, images, tmp_path/'run', '--guard', '0'))
     said, moved = capsys.readouterr().out, backbone(tmp_path/'run', 'student')
-    assert 'as loaded' in said and 'backbone_best' not in said
+    assert 'as loaded' in said and not (tmp_path/'run'/'backbone_best.pt').exists()
     far = {name: (moved[name] - weights[name]).norm() / weights[name].norm() for name in moved
            if name.endswith('fc1.weight') or name == 'patch_embed.proj.weight'}
     assert 0 < far['patch_embed.proj.weight'] < 0.1 and 0 < far['blocks.1.mlp.fc1.weight'] < 0.1
@@ -48,11 +51,37 @@ def test_a_run_begins_with_weights_and_leaves_them_slowly(source, images, tmp_pa
     assert set(levels) == {'raw pixels', 'random init', 'as loaded'}
 
 
-def test_a_run_ends_no_worse_than_it_began(source, images, tmp_path):
-    main(words(source, images, tmp_path/'run', '--backbone-lr', '1', '--layer-decay', '1',
-               '--freeze-backbone', '0', '--lr', '0.5'))
-    summary = json.loads((tmp_path/'run'/'summary.json').read_text())
+BOLD = '--backbone-lr 1 --layer-decay 1 --freeze-backbone 0 --lr 0.5 --checkpoint-steps 3'.split()
+
+
+@pytest.fixture
+def bold(source, images, tmp_path, capsys):
+    "A run that forgets, what it takes to start it, and what it said"
+    command = words(source, images, tmp_path/'bold', *BOLD)
+    main(command)
+    return tmp_path/'bold', command, capsys.readouterr().out
+
+
+def test_a_run_that_forgets_is_taken_back(bold):
+    folder, _, said = bold
+    summary = json.loads((folder/'summary.json').read_text())
     assert summary['knn_teacher']['20'] >= summary['baselines']['as loaded']
+    assert 'back to the backbone of step' in said
+
+
+@pytest.mark.parametrize('damaged', [False, True])
+def test_a_killed_run_goes_on_exactly(bold, job, tmp_path, damaged):
+    folder = tmp_path/'run'
+    command = [word.replace(str(bold[0]), str(folder)) for word in bold[1]]
+    pid = job(command, tmp_path)
+    job.reach(folder/'checkpoint_last_good.pt')
+    os.kill(pid, signal.SIGKILL)
+    job.end()
+    if damaged: (folder/'backbone_best.pt').write_bytes(b'nothing')
+    status, out, err = job.run(command, tmp_path)
+    assert status == 0 and 'Traceback' not in err and 'going on at step' in out
+    if damaged: assert 'The best is the start again' in out
+    else: same_run(bold[0], folder)
 
 
 @pytest.mark.parametrize('more, reason', [
